@@ -1,0 +1,141 @@
+"""Settings as frozen dataclasses, and the command-line options made from them (no torch here: --help is instant)."""
+
+import argparse
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "interm_dense", "out_dense")  # what LoRA can adapt
+
+
+class InputError(Exception):
+    """Something the user gave can't be used. The message names the value and the way out; scripts exit with 2."""
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The shape of a GPT-2 (Radford et al. 2019); every other width follows from these."""
+
+    layers: int
+    width: int
+    heads: int
+    vocab_size: int = 50257
+    positions: int = 1024
+    dropout: float = 0.1
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        for name in ("layers", "width", "heads", "vocab_size", "positions"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise InputError(f"a model needs {name} of at least 1, not {getattr(self, name)!r}")
+        if self.width % self.heads:
+            raise InputError(f"width {self.width} does not divide into {self.heads} heads")
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def feed_forward_width(self) -> int:
+        return 4 * self.width
+
+
+PRESETS = {
+    "tiny": GPT2Config(layers=4, width=256, heads=4, vocab_size=8192, positions=512),
+    "gpt2": GPT2Config(layers=12, width=768, heads=12),
+    "gpt2-medium": GPT2Config(layers=24, width=1024, heads=16),
+    "gpt2-large": GPT2Config(layers=36, width=1280, heads=20),
+    "gpt2-xl": GPT2Config(layers=48, width=1600, heads=25),
+}
+
+
+def option(default, help, **settings):
+    """A dataclass field that also describes its command-line option."""
+    return field(default=default, metadata={"help": help, **settings})
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685): which linears, and how large an update."""
+
+    rank: int = option(4, "rank r of the update B A")
+    alpha: float = option(16.0, "scale: the update is multiplied by alpha / r")
+    dropout: float = option(0.05, "dropout on the update's input")
+    targets: tuple[str, ...] = option(
+        ("q_proj", "v_proj", "interm_dense"), f"the linears that get an update: {', '.join(LINEARS)}", choices=LINEARS
+    )
+
+    def __post_init__(self):
+        object.__setattr__(self, "targets", tuple(name for name in LINEARS if name in self.targets) or self.targets)
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise InputError(f"LoRA's rank must be a whole number of at least 1, not {self.rank!r}")
+        if not self.alpha > 0:
+            raise InputError(f"LoRA's alpha must be above 0, not {self.alpha!r}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"LoRA's dropout must be at least 0 and below 1, not {self.dropout!r}")
+        unknown = sorted(set(self.targets) - set(LINEARS))
+        if unknown or not self.targets:
+            raise InputError(f"LoRA's targets {unknown or 'are empty'}: choose from {', '.join(LINEARS)}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained; the same for every task."""
+
+    epochs: int = option(10, "passes over the training data; 0 evaluates only")
+    lr: float = option(1e-5, "AdamW's (largest) learning rate")
+    batch_size: int = option(8, "examples a step")
+    seed: int = option(11711, "fixes initialisation, order of batches, dropout and sampling")
+    schedule: str = option("constant", "the learning rate after warm-up", choices=("constant", "linear", "cosine"))
+    warmup: float = option(0.0, "share of all steps over which the learning rate rises from 0")
+    max_grad_norm: float = option(0.0, "clip the gradient's norm at this; 0 does not clip")
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay")
+    patience: int = option(0, "stop after this many epochs without a better dev result; 0 never stops early")
+    checkpoint_every: int = option(0, "save the resume state every this many steps besides each epoch's end; 0: not")
+    dtype: str = option("auto", "precision of matrix products", choices=("auto", "float32", "bfloat16", "float16"))
+    device: str = option("auto", "auto takes CUDA where there is one; or cpu, cuda, cuda:1")
+
+    def __post_init__(self):
+        for name, least in (("epochs", 0), ("batch_size", 1), ("seed", 0), ("patience", 0), ("checkpoint_every", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+        if not 0 < self.lr < float("inf"):
+            raise InputError(f"--lr must be above 0, not {self.lr}")
+        if not 0 <= self.warmup < 1:
+            raise InputError(f"--warmup is a share of all steps, at least 0 and below 1, not {self.warmup}")
+        for name in ("max_grad_norm", "weight_decay"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"--{name} must be at least 0, not {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise InputError(f"--seed must be below 2**63, not {self.seed}")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds each option's default to its help, where it has one worth saying."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def add_options(parser: argparse.ArgumentParser, config_class, title: str, prefix: str = "", **defaults) -> None:
+    """Add one option a field of `config_class`; `defaults` replace the fields' own (None: decided later)."""
+    group = parser.add_argument_group(title)
+    for entry in dataclasses.fields(config_class):
+        default = defaults.get(entry.name, entry.default)
+        many = isinstance(entry.default, tuple)
+        group.add_argument(
+            f"--{prefix}{entry.name}",
+            type=str if many else type(entry.default),
+            nargs="+" if many else None,
+            default=default,
+            choices=entry.metadata.get("choices"),
+            metavar=None if entry.metadata.get("choices") and not many else "NAME" if many else "N",
+            help=entry.metadata["help"],
+        )
+
+
+def from_options(config_class, options: argparse.Namespace, prefix: str = ""):
+    """Make a `config_class` from parsed options; raises InputError for a value out of range."""
+    values = {entry.name: getattr(options, prefix + entry.name) for entry in dataclasses.fields(config_class)}
+    return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

@@ -1,0 +1,226 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): train a low-rank update beside frozen weights; adapters in PEFT's format.
+
+    apply_lora(model, LoRAConfig(rank=4))     # freeze the model, wrap its targets
+    save_adapter(model, folder)               # a PEFT adapter; load_adapter(model, folder) takes it back
+    merge_lora(model)                         # W + (alpha / r) B A, plain linears again
+"""
+
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from config import LINEARS, InputError, LoRAConfig
+
+FUSED = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
+PEFT_MODULES = {  # PEFT adapts Hugging Face's modules: their names, and ours inside a layer
+    "attn.c_attn": FUSED,
+    "attn.c_proj": ("attention.out_proj",),
+    "mlp.c_fc": ("interm_dense",),
+    "mlp.c_proj": ("out_dense",),
+}
+PREFIX = "base_model.model.transformer."
+NOT_IMPLEMENTED = (
+    "use_rslora", "use_dora", "use_qalora", "modules_to_save", "layers_to_transform", "layers_pattern", "exclude_modules",
+    "target_parameters", "trainable_token_indices", "layer_replication", "lora_bias", "megatron_config", "loftq_config",
+    "eva_config", "corda_config", "alora_invocation_tokens", "arrow_config",
+)  # fmt: skip
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear with a trainable update: y = W x + b + (alpha / r) B A dropout(x).
+
+    A is Kaiming-uniform and B zero, so the update starts at nothing. Raises InputError for a rank out of range.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
+        super().__init__()
+        if not 1 <= rank <= min(base.in_features, base.out_features):
+            shape = f"{base.out_features} x {base.in_features}"
+            raise InputError(f"LoRA's rank {rank} does not fit a {shape} weight: choose at least 1, at most its width")
+        place = {"device": base.weight.device, "dtype": torch.float32}
+        self.base = base.requires_grad_(False)
+        self.rank, self.alpha, self.scaling = rank, alpha, alpha / rank
+        self.lora_a = nn.Linear(base.in_features, rank, bias=False, **place)
+        self.lora_b = nn.Linear(rank, base.out_features, bias=False, **place)
+        self.dropout = nn.Dropout(dropout)
+        nn.init.kaiming_uniform_(self.lora_a.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_b.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return self.base(x) + self.scaling * self.lora_b(self.lora_a(self.dropout(x)))
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """The base, its weight W + (alpha / r) B A."""
+        self.base.weight += self.scaling * (self.lora_b.weight @ self.lora_a.weight).to(self.base.weight.dtype)
+        return self.base
+
+
+def apply_lora(module: nn.Module, config: LoRAConfig) -> nn.Module:
+    """Freeze a GPT-2 (a task model's is its `.gpt`) and wrap each linear whose name is a target. Returns `module`.
+
+    Heads and poolings around the GPT-2 stay trainable. Raises InputError where it has adapters already.
+    """
+    gpt = backbone(module)
+    if adapters(gpt):
+        raise InputError("this model has LoRA adapters already: merge_lora them first")
+    gpt.requires_grad_(False)
+    linears = [(name, part) for name, part in gpt.named_modules() if name.rsplit(".", 1)[-1] in config.targets]
+    for name, linear in linears:
+        gpt.set_submodule(name, LoRALinear(linear, config.rank, config.alpha, config.dropout))
+    return module
+
+
+def backbone(module: nn.Module) -> nn.Module:
+    """The GPT-2 itself, of a task model or alone."""
+    return getattr(module, "gpt", module)
+
+
+def adapters(module: nn.Module) -> dict[str, LoRALinear]:
+    """Every LoRALinear inside, by name."""
+    return {name: part for name, part in module.named_modules() if isinstance(part, LoRALinear)}
+
+
+def merge_lora(module: nn.Module) -> nn.Module:
+    """Fold every update into its base and put plain linears back; a second call finds nothing to do."""
+    for name, adapter in adapters(module).items():
+        module.set_submodule(name, adapter.merged())
+    return module
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 of a GPT-2's own weights in float32: one value however a folder lays them out, adapters left aside."""
+    state = {name.replace(".base.", "."): tensor for name, tensor in backbone(module).state_dict().items()}
+    digest = hashlib.sha256()
+    for name in sorted(name for name in state if ".lora_" not in name):
+        digest.update(name.encode() + b"\0")
+        digest.update(state[name].detach().to("cpu", torch.float32).contiguous().numpy())
+    return digest.hexdigest()
+
+
+def save_adapter(module: nn.Module, folder: str | Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors, as PEFT reads them.
+
+    PEFT adapts the fused c_attn as one linear. Its A is the stacked A of those of q, k, v that are adapted and its B
+    holds their B on the diagonal; its rank and alpha are theirs times their number, so the product is the same.
+    Raises InputError for a model without adapters.
+    """
+    gpt = backbone(module)
+    found = adapters(gpt)
+    if not found:
+        raise InputError("this model has no LoRA adapters to save")
+    some = next(iter(found.values()))
+    targets = [name for name in LINEARS if any(part.endswith(f".{name}") for part in found)]
+    tensors = {}
+    for layer in range(gpt.config.layers):
+        for theirs, ours in PEFT_MODULES.items():
+            parts = {index: found[f"layers.{layer}.{name}"] for index, name in enumerate(ours)
+                     if f"layers.{layer}.{name}" in found}  # fmt: skip
+            if parts:
+                a, b = _join(parts, len(ours), some.rank)
+                tensors |= {f"{PREFIX}h.{layer}.{theirs}.lora_A.weight": a, f"{PREFIX}h.{layer}.{theirs}.lora_B.weight": b}
+    fused = sum(name.rsplit(".", 1)[-1] in targets for name in FUSED)
+    settings = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True,
+        "r": some.rank, "lora_alpha": some.alpha, "lora_dropout": some.dropout.p, "bias": "none", "fan_in_fan_out": True,
+        "target_modules": [theirs for theirs in PEFT_MODULES if f"{PREFIX}h.0.{theirs}.lora_A.weight" in tensors],
+        "rank_pattern": {"c_attn": some.rank * fused} if fused > 1 else {},
+        "alpha_pattern": {"c_attn": some.alpha * fused} if fused > 1 else {},
+    }  # fmt: skip
+    # one entry: the order of several is not fixed, and the same adapter should be the same file
+    metadata = {"adapter": json.dumps({"targets": targets, "base_sha256": fingerprint(gpt)})}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata=metadata)
+    text = json.dumps(settings, indent=2) + "\n"
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8", newline="\n")
+
+
+def _join(parts: dict[int, LoRALinear], of: int, rank: int) -> tuple[Tensor, Tensor]:
+    """A and B of one linear whose output is `of` blocks, from those of the blocks that have an update."""
+    width = next(iter(parts.values())).base.out_features
+    b = torch.zeros(of * width, rank * len(parts))
+    for column, (block, part) in enumerate(parts.items()):
+        b[block * width : (block + 1) * width, column * rank : (column + 1) * rank] = part.lora_b.weight.detach()
+    return torch.cat([part.lora_a.weight for part in parts.values()]), b
+
+
+def load_adapter(module: nn.Module, folder: str | Path) -> nn.Module:
+    """Put a saved adapter on a GPT-2, in place of adapters that it has; trainable as before. Returns `module`.
+
+    A PEFT adapter of the fused c_attn becomes three, each with a copy of its A and its own rows of B. Raises
+    InputError for files that can't be read, settings not implemented here, another base, or another shape.
+    """
+    gpt, folder = backbone(module), Path(folder)
+    settings, tensors, ours = _read_adapter(folder)
+    if ours and ours["base_sha256"] != (actual := fingerprint(gpt)):
+        raise InputError(f"{folder} was trained on another base: its weights' SHA-256 is {ours['base_sha256'][:12]}..., "
+                         f"this model's {actual[:12]}...; name the model it was trained on with --model_size")  # fmt: skip
+    rank, pairs = settings["r"], {}
+    for layer in range(gpt.config.layers):
+        for theirs, names in PEFT_MODULES.items():
+            a, b = (tensors.pop(f"h.{layer}.{theirs}.lora_{side}.weight", None) for side in "AB")
+            if a is None or b is None:
+                continue
+            adapted = [name for name in names if not ours or name.rsplit(".", 1)[-1] in ours["targets"]]
+            for column, name in enumerate(adapted):
+                block = slice(column * rank, (column + 1) * rank) if ours else slice(None)
+                pairs[f"layers.{layer}.{name}"] = (a[block], b.chunk(len(names))[names.index(name)][:, block])
+    if tensors or not pairs:
+        raise InputError(f"{folder}: tensors that this GPT-2 has no place for: {', '.join(sorted(tensors)[:3]) or 'none found'}")
+    plain = {name.replace(".base", ""): part for name, part in gpt.named_modules() if isinstance(part, nn.Linear)}
+    for name, (a, b) in pairs.items():
+        wanted = (rank, plain[name].in_features), (plain[name].out_features, rank)
+        if (tuple(a.shape), tuple(b.shape)) != wanted:
+            raise InputError(f"{folder}: {name} has A {tuple(a.shape)} and B {tuple(b.shape)}, but this model takes "
+                             f"{wanted[0]} and {wanted[1]}: it was made for another model")  # fmt: skip
+    targets = tuple(name for name in LINEARS if any(pair.endswith(f".{name}") for pair in pairs))
+    if len(pairs) != len(targets) * gpt.config.layers:
+        raise InputError(f"{folder} adapts {', '.join(targets)} in some layers only; this model adapts all or none")
+    config = LoRAConfig(rank, settings["lora_alpha"], settings.get("lora_dropout", 0.0), targets)
+
+    for name, adapter in adapters(gpt).items():
+        gpt.set_submodule(name, adapter.base)
+    apply_lora(gpt, config)
+    with torch.no_grad():
+        for name, adapter in adapters(gpt).items():
+            adapter.lora_a.weight.copy_(pairs[name][0])
+            adapter.lora_b.weight.copy_(pairs[name][1])
+    return module
+
+
+def _read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor], dict | None]:
+    """An adapter's settings, its tensors by Hugging Face's names, and our own note where this project saved it."""
+    config_path, path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    for needed in (config_path, path):
+        if not needed.is_file():
+            raise InputError(f"{needed} not found; an adapter folder holds {config_path.name} and {path.name}")
+    try:
+        settings = json.loads(config_path.read_text(encoding="utf-8"))
+        with safe_open(path, "pt") as file:
+            note = json.loads((file.metadata() or {}).get("adapter", "null"))
+            tensors = {re.sub(r"^base_model\.model\.(transformer\.)?", "", name): file.get_tensor(name).float()
+                       for name in file.keys()}  # fmt: skip
+        if settings["peft_type"] != "LORA" or not isinstance(settings["r"], int):
+            raise ValueError(f"peft_type {settings['peft_type']!r}, r {settings['r']!r}")
+        if note is not None and not (isinstance(note["targets"], list) and isinstance(note["base_sha256"], str)):
+            raise ValueError(f"metadata {note!r}")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(f"{folder} is not a LoRA adapter that can be read ({error!r})") from error
+    refused = [name for name in NOT_IMPLEMENTED if settings.get(name)]
+    refused += ["bias"] * (settings.get("bias", "none") != "none")
+    refused += ["init_lora_weights"] * (settings.get("init_lora_weights", True) not in (True, False, None, "gaussian"))
+    refused += ["target_modules (a regular expression)"] * isinstance(settings.get("target_modules"), str)
+    refused += [name for name in ("rank_pattern", "alpha_pattern") if settings.get(name) and not note]
+    if refused:
+        raise InputError(f"{config_path} sets {', '.join(refused)}, which this LoRA does not implement")
+    return settings, tensors, note

@@ -1,0 +1,123 @@
+"""GPT-2 as a language model of sonnets: the loss to train it by, and sampling to write with it."""
+
+import torch
+from torch import Tensor, nn
+
+from config import InputError
+from models.gpt2 import GPT2Model
+from modules.attention import KVCache
+from modules.loss import cross_entropy
+
+
+class SonnetGPT(nn.Module):
+    """A GPT2Model with its tied output embedding."""
+
+    def __init__(self, gpt: GPT2Model):
+        super().__init__()
+        self.gpt = gpt
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of the token after each."""
+        return self.gpt.hidden_state_to_token(self.gpt(input_ids, attention_mask)["last_hidden_state"])
+
+    def loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy, in nats, of the labels (B, T) that are not -100; label t is the token after input t."""
+        hidden = self.gpt(input_ids)["last_hidden_state"]  # right padding needs no mask: causality hides it
+        return cross_entropy(hidden, self.gpt.token_embedding.weight, labels)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: list[str],
+        temperature: float = 1.2,
+        top_p: float = 0.9,
+        top_k: int = 0,
+        max_new_tokens: int = 200,
+        max_lines: int | None = 14,
+        seed: int = 0,
+    ) -> list[str]:
+        """Continue all prompts as one batch; returns each prompt, unchanged, with its continuation.
+
+        A row ends at end-of-text, once it has `max_lines` lines (None: any number), after `max_new_tokens`, or where
+        the model's positions end. The seed fixes the draws. Raises InputError for settings out of range.
+        """
+        check_sampling(temperature, top_p, top_k, max_new_tokens)
+        gpt, tokenizer = self.gpt.eval(), self.gpt.tokenizer
+        ids = [tokenizer.encode(prompt).ids for prompt in prompts]
+        if not all(ids):
+            raise InputError("a prompt is empty: give at least one character to continue")
+        width = max(map(len, ids))
+        length = min(width + max_new_tokens, gpt.config.positions)
+        device, dtype = gpt.token_embedding.weight.device, gpt.token_embedding.weight.dtype
+        # padded on the left, so that all rows end at the same place
+        tokens = torch.tensor([[0] * (width - len(row)) + row for row in ids], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
+        cache = KVCache(gpt.config, len(ids), length, dtype, device)
+        generator = torch.Generator().manual_seed(seed)
+        new = [[] for _ in ids]
+        alive = list(range(len(ids)))
+        for _ in range(length - width):
+            logits = gpt.hidden_state_to_token(gpt(tokens, mask, cache)["last_token"]).float()  # (rows alive, V)
+            # a draw for every row, ended or not: the end of one moves no other
+            draws = torch.rand(len(ids), generator=generator)[alive]
+            chosen = sample(logits, draws.to(device), temperature, top_p, top_k).tolist()
+            going = []
+            for index, (row, token) in enumerate(zip(alive, chosen, strict=True)):
+                if token == gpt.end_of_text:
+                    continue
+                new[row].append(token)
+                ended_line = max_lines is not None and "\n" in tokenizer.decode([token])
+                if not ended_line or _full_lines(prompts[row] + tokenizer.decode(new[row])) < max_lines:
+                    going.append(index)
+            if not going:
+                break
+            if len(going) < len(alive):
+                alive, rows = [alive[index] for index in going], torch.tensor(going, device=device)
+                mask = mask[rows]
+                cache.keep(rows)
+            tokens = torch.tensor([[chosen[index]] for index in going], device=device)
+            mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
+        texts = [prompt + tokenizer.decode(row) for prompt, row in zip(prompts, new, strict=True)]
+        return [_first_lines(text, max_lines) if max_lines else text for text in texts]
+
+
+def check_sampling(temperature: float, top_p: float, top_k: int, max_new_tokens: int) -> None:
+    """Raise InputError, naming the option, for a setting that no distribution can be drawn with."""
+    if not 0 <= temperature < float("inf"):
+        raise InputError(f"temperature must be at least 0 (0 takes the likeliest token), not {temperature}")
+    if not 0 < top_p <= 1:
+        raise InputError(f"top_p must be above 0 and at most 1, not {top_p}")
+    if top_k < 0:
+        raise InputError(f"top_k must be at least 0 (0 keeps all tokens), not {top_k}")
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+
+
+def sample(logits: Tensor, draws: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
+    """Next tokens (B,) for logits (B, V) and uniform draws (B,): greedy at temperature 0, else by inverse CDF.
+
+    Of the `top_k` likeliest tokens (0: all), those are kept whose mass first reaches `top_p` (nucleus sampling,
+    Holtzman et al. 2020).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities, tokens = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    if top_k:
+        probabilities = probabilities[:, :top_k] / probabilities[:, :top_k].sum(-1, keepdim=True)
+    before = probabilities.cumsum(-1) - probabilities  # the mass of likelier tokens: 0 for the first, always kept
+    nucleus = before < top_p
+    mass = (probabilities * nucleus).cumsum(-1)
+    choice = (mass <= draws[:, None] * mass[:, -1:]).sum(-1, keepdim=True)
+    return tokens.gather(1, choice.minimum(nucleus.sum(-1, keepdim=True) - 1)).squeeze(1)
+
+
+def _full_lines(text: str) -> int:
+    """Lines that are not empty and have ended."""
+    return sum(bool(line.strip()) for line in text.split("\n")[:-1])
+
+
+def _first_lines(text: str, count: int) -> str:
+    """The text up to and including its `count`th line that is not empty."""
+    lines = text.split("\n")
+    ends = [index for index, line in enumerate(lines) if line.strip()][:count]
+    return "\n".join(lines[: ends[-1] + 1]) if ends else text

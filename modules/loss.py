@@ -1,0 +1,54 @@
+"""Cross-entropy over a large vocabulary, a few rows at a time, so that all logits are never held at once."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK = 256  # rows: 256 x 50,257 float32 logits are 51 MB, where a batch of eight sonnets would take 280 MB
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """sum_i -log softmax(h_i W^T)[label_i], its gradients computed in the forward pass while each chunk is at hand."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        kind = hidden.device.type
+        compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        head = weight.to(compute)
+        grad_hidden = torch.empty_like(hidden) if want_hidden else None
+        grad_weight = torch.zeros_like(weight) if want_weight else None
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        with torch.autocast(kind, enabled=False):
+            for start in range(0, len(labels), chunk):
+                rows, targets = hidden[start : start + chunk].to(compute), labels[start : start + chunk, None]
+                logits = (rows @ head.T).to(total.dtype)
+                highest = logits.amax(-1, keepdim=True)
+                total += (highest - logits.gather(1, targets)).sum()
+                odds = logits.sub_(highest).exp_()  # in place, like all below: a chunk's logits are held once
+                partition = odds.sum(-1, keepdim=True)
+                total += partition.log().sum()
+                if want_hidden or want_weight:
+                    # d loss / d logits = softmax(logits) - one_hot(label)
+                    slope = odds.div_(partition)
+                    slope = slope.scatter_add_(1, targets, slope.new_full(targets.shape, -1.0)).to(compute)
+                if want_hidden:
+                    grad_hidden[start : start + chunk] = slope @ head
+                if want_weight:
+                    grad_weight += slope.T @ rows
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return *(None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors), None, None
+
+
+def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = CHUNK) -> Tensor:
+    """Mean cross-entropy, in nats a token, of hidden (..., C) against labels (...) through the output embedding (V, C).
+
+    Labels of -100 are left out before any product; all -100 gives 0. Equal to F.cross_entropy on the whole logits.
+    """
+    real = labels != -100
+    return _SummedCrossEntropy.apply(hidden[real], weight, labels[real], chunk) / real.sum().clamp(min=1)

@@ -1,0 +1,170 @@
+"""What a run leaves on disk, each file whole or not at all: its folder, options, metrics, best model, resume state."""
+
+import contextlib
+import csv
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from config import ROOT, InputError
+
+PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "huggingface_hub", "sacrebleu")
+NOT_COMPARED = ("resume", "out_dir")  # options that do not change what is computed
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file by new content so that a kill at any instant leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: dict) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path):
+    """Yield an empty folder to fill; it takes the place of `folder` when the block ends without an error."""
+    fresh, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    yield fresh
+    for path in fresh.iterdir():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    if folder.exists():
+        os.replace(folder, old)  # a folder can't be replaced in one step; --resume repeats an epoch cut off here
+    os.replace(fresh, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+class Run:
+    """A run's folder, `runs/<task>/<name>` unless named; `--resume` finds the newest unfinished one of equal options."""
+
+    def __init__(self, task: str, name: str, options: dict, facts: dict):
+        """Open the folder and write config.json. Raises InputError for a named folder that holds another run."""
+        self.task, self.options = task, {key: value for key, value in options.items() if key not in NOT_COMPARED}
+        named = Path(options["out_dir"]) if options["out_dir"] else None
+        parent = ROOT / "runs" / task
+        self.resumed = False
+        if options["resume"]:
+            candidates = [named] if named else sorted(parent.glob(f"{name}*"), key=lambda path: path.stat().st_mtime)
+            unfinished = [path for path in candidates if self._unfinished(path)]
+            if unfinished:
+                self.folder, self.resumed = unfinished[-1], True
+                return
+        self.folder = named or parent / name
+        if named and (named / "config.json").exists():
+            raise InputError(f"{named} already holds a run; name another --out_dir, or --resume it with its own options")
+        counter = 1
+        while True:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=named is not None)
+                break
+            except FileExistsError:
+                if named:
+                    raise InputError(f"--out_dir {named} is a file; name a folder") from None
+                counter += 1
+                self.folder = parent / f"{name}-{counter}"
+        write_json(self.folder / "config.json", {"options": self.options, **facts})
+
+    def _unfinished(self, folder: Path) -> bool:
+        try:
+            known = json.loads((folder / "config.json").read_text(encoding="utf-8"))["options"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return known == json.loads(json.dumps(self.options)) and not (folder / "summary.json").exists()
+
+    @property
+    def best(self) -> Path:
+        return self.folder / "best"
+
+    @property
+    def state_path(self) -> Path:
+        return self.folder / "resume" / "state.pt"
+
+    def save_state(self, state: dict) -> None:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_bytes(self.state_path, buffer.getbuffer())
+
+    def load_state(self) -> dict | None:
+        """The state that save_state wrote, or None; raises InputError for a file that is not one."""
+        if not self.state_path.is_file():
+            return None
+        try:
+            return torch.load(self.state_path, weights_only=True, map_location="cpu")
+        except Exception as error:  # unpickling a broken file raises almost anything
+            raise InputError(f"{self.state_path} can't be read ({type(error).__name__}); delete it to start over") from error
+
+    def write_metrics(self, rows: list[dict]) -> None:
+        """metrics.csv, a row an epoch."""
+        if rows:
+            buffer = io.StringIO()
+            writer = csv.DictWriter(buffer, fieldnames=list(rows[-1]), lineterminator="\n", restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+            write_text(self.folder / "metrics.csv", buffer.getvalue())
+
+
+def facts(device: torch.device, dtype: torch.dtype, files: list[Path]) -> dict:
+    """What a result depends on besides the options: versions, commit, device, precision, the data's SHA-256."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False) \
+        if shutil.which("git") else None  # fmt: skip
+    return {
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "commit": commit.stdout.strip() or None if commit else None,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "data_sha256": {Path(path).name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files},
+    }
+
+
+def peak_memory_gb(device: torch.device) -> float | None:
+    """Largest memory so far in GB: the allocator's on CUDA, else this process's; None where the system won't say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource  # POSIX only
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if platform.system() == "Darwin" else peak * 1024 / 1e9
+
+
+def draw_curves(path: Path, rows: list[dict], base_loss: float, title: str) -> None:
+    """curves.png: train and dev loss an epoch, and the untrained base's dev loss."""
+    from matplotlib.figure import Figure  # imported here: it takes a second
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    epochs = [row["epoch"] for row in rows]
+    axes.axhline(base_loss, color="0.5", linestyle=":", label="base, dev")
+    axes.plot(epochs, [row["train_loss"] for row in rows], color="#0072b2", marker="o", label="train (with dropout)")
+    axes.plot(epochs, [row["dev_loss"] for row in rows], color="#d55e00", marker="s", label="dev")
+    axes.set(xlabel="epoch", ylabel="loss (nats a token)", title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write_bytes(path, buffer.getvalue())

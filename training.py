@@ -1,0 +1,225 @@
+"""The training loop, once for every task: epochs, dev evaluation, the best model, early stopping, resume."""
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from config import InputError, TrainConfig
+from runs import Run, peak_memory_gb, replacing_folder
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the loop needs to know of a task."""
+
+    batches: Callable[[int], list]  # epoch -> its batches' rows, in order
+    collate: Callable[[list], dict]  # rows -> tensors
+    loss: Callable[[nn.Module, dict], tuple[Tensor, int]]  # mean loss, and how many items it is the mean of
+    evaluate: Callable[[nn.Module], dict[str, float]]  # dev figures; dev_loss among them
+    save: Callable[[nn.Module, Path], None]  # weights and configuration into an empty folder
+    metric: str = "dev_loss"  # which dev figure chooses the best model
+    larger_is_better: bool = False
+
+
+@dataclass
+class Progress:
+    """Where a run stands; everything that a resumed run goes on from, besides tensors."""
+
+    epoch: int = 0  # epochs completed
+    step: int = 0  # steps taken in the epoch that is under way
+    loss_sum: float = 0.0
+    items: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best: float | None = None
+    best_epoch: int = 0
+    rows: list[dict] = field(default_factory=list)  # of metrics.csv
+
+
+class Interrupted(Exception):  # noqa: N818 (not an error: the run was asked to stop, and can be resumed)
+    """Training was stopped by a signal after a step, its state saved."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.exit_code = 128 + signal_number
+
+
+def train(model: nn.Module, task: Task, config: TrainConfig, run: Run, device: torch.device, dtype: torch.dtype) -> Progress:
+    """Train what requires a gradient; leaves metrics.csv, best/ and resume/ in the run's folder.
+
+    Raises Interrupted after a signal, and FloatingPointError for a loss or gradient that is not finite.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    progress = _restore(run, parameters, optimizer, scaler, device)
+    steps = len(task.batches(0))
+    with tqdm(total=config.epochs * steps, unit="step", disable=None, leave=False) as bar, _signals() as stop:
+        bar.update(progress.epoch * steps + progress.step)
+        while progress.epoch < config.epochs and not _out_of_patience(progress, config):
+            bar.set_description(f"epoch {progress.epoch + 1}/{config.epochs}")
+            batches = task.batches(progress.epoch)
+            model.train()
+            while progress.step < steps:
+                start = time.perf_counter()
+                rate = learning_rate(progress.epoch * steps + progress.step, config.epochs * steps, config)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                batch = {name: value.to(device) if isinstance(value, Tensor) else value
+                         for name, value in task.collate(batches[progress.step]).items()}  # fmt: skip
+                optimizer.zero_grad(set_to_none=True)
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    loss, items = task.loss(model, batch)
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise FloatingPointError(
+                        f"the loss is {value} at epoch {progress.epoch + 1}, step {progress.step + 1}, rows "
+                        f"{batches[progress.step]}; try a smaller --lr, --max_grad_norm 1 or --dtype float32"
+                    )
+                scaler.scale(loss).backward()
+                if config.max_grad_norm:
+                    scaler.unscale_(optimizer)
+                    nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, error_if_nonfinite=False)
+                scaler.step(optimizer)
+                scaler.update()
+                progress.step += 1
+                progress.loss_sum += value * items
+                progress.items += items
+                progress.tokens += int(batch["attention_mask"].sum())
+                progress.seconds += time.perf_counter() - start
+                bar.update()
+                bar.set_postfix(loss=f"{value:.3f}", refresh=False)
+                due = config.checkpoint_every and (progress.epoch * steps + progress.step) % config.checkpoint_every == 0
+                if progress.step < steps and (stop or due):
+                    _save(run, progress, parameters, optimizer, scaler, device)
+                if stop:
+                    raise Interrupted(stop[0])
+            _end_epoch(model, task, run, progress, rate, device, dtype)
+            _save(run, progress, parameters, optimizer, scaler, device)
+            run.write_metrics(progress.rows)
+            tqdm.write(describe(progress.rows[-1], config.epochs, progress.best_epoch))
+    return progress
+
+
+def _end_epoch(model, task: Task, run: Run, progress: Progress, rate: float, device, dtype) -> None:
+    """Evaluate, keep the model if it is the best so far, and add the epoch's row."""
+    model.eval()
+    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        figures = task.evaluate(model)
+    progress.epoch += 1
+    score = figures[task.metric]
+    if progress.best is None or (score > progress.best if task.larger_is_better else score < progress.best):
+        progress.best, progress.best_epoch = score, progress.epoch
+        with replacing_folder(run.best) as folder:
+            task.save(model, folder)
+    memory = peak_memory_gb(device)
+    progress.rows.append({
+        "epoch": progress.epoch, "train_loss": progress.loss_sum / progress.items, **figures, "learning_rate": rate,
+        "seconds": round(progress.seconds, 3), "tokens_per_second": round(progress.tokens / progress.seconds, 1),
+        "peak_memory_gb": None if memory is None else round(memory, 3),
+    })  # fmt: skip
+    progress.step, progress.loss_sum, progress.items, progress.tokens, progress.seconds = 0, 0.0, 0, 0, 0.0
+
+
+def _out_of_patience(progress: Progress, config: TrainConfig) -> bool:
+    return bool(config.patience) and progress.epoch - progress.best_epoch >= config.patience
+
+
+def learning_rate(step: int, total: int, config: TrainConfig) -> float:
+    """The rate of a step in 0 .. total - 1: a linear rise over the warm-up, then constant, or down to 0."""
+    warm = round(config.warmup * total)
+    if step < warm:
+        return config.lr * (step + 1) / warm
+    done = (step - warm) / max(1, total - warm)
+    factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return config.lr * factor[config.schedule]
+
+
+def describe(row: dict, epochs: int, best_epoch: int) -> str:
+    """One line an epoch, for the screen."""
+    figures = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in row.items()
+               if name.endswith(("loss", "accuracy", "perplexity", "f1"))]  # fmt: skip
+    mark = "  *best*" if best_epoch == row["epoch"] else ""
+    return (f"epoch {row['epoch']:>2}/{epochs}  {'  '.join(figures)}  {row['seconds']:.1f} s  "
+            f"{row['tokens_per_second']:,.0f} tokens/s{mark}")  # fmt: skip
+
+
+def _save(run: Run, progress: Progress, parameters, optimizer, scaler, device) -> None:
+    state = {
+        "progress": vars(progress), "parameters": [parameter.detach() for parameter in parameters],
+        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }  # fmt: skip
+    run.save_state(state)
+
+
+def _restore(run: Run, parameters, optimizer, scaler, device) -> Progress:
+    """Take parameters, optimizer and random state from the run's resume state, if it has one."""
+    state = run.load_state()
+    if state is None:
+        return Progress()
+    try:
+        with torch.no_grad():
+            for parameter, saved in zip(parameters, state["parameters"], strict=True):
+                parameter.copy_(saved)
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], device)
+        return Progress(**state["progress"])
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        raise InputError(f"{run.state_path} does not fit this model ({error}); delete it to start over") from error
+
+
+@contextlib.contextmanager
+def _signals():
+    """Yield a list that gets a signal's number on Ctrl-C or SIGTERM; a second Ctrl-C stops at once."""
+    caught: list[int] = []
+
+    def note(number, frame):
+        caught.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def choose_device(name: str, use_gpu: bool = False) -> torch.device:
+    """`auto` is CUDA where there is one; raises InputError for a device that is not there."""
+    if use_gpu and name == "auto":
+        name = "cuda"
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name} is not a device; use auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name} is not supported; use auto, cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"{'--use_gpu' if use_gpu else '--device ' + name}: no such CUDA device here; leave it out")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware multiplies it, else float16 on CUDA, else float32."""
+    if name != "auto":
+        if name == "float16" and device.type == "cpu":
+            raise InputError("--dtype float16 needs CUDA; use auto, bfloat16 or float32")
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
