@@ -1,7 +1,9 @@
 """Settings as frozen dataclasses, and the command-line options made from them (no torch here: --help is instant)."""
 
 import argparse
+import contextlib
 import dataclasses
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +13,39 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "interm_dense", "out_dense"
 
 class InputError(Exception):
     """Something the user gave can't be used. The message names the value and the way out; scripts exit with 2."""
+
+
+class Interrupted(Exception):  # noqa: N818 (no error: a run that was asked to stop, and can go on later)
+    """Training was stopped by a signal after a step, its state saved."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+@contextlib.contextmanager
+def exit_cleanly():
+    """Turn what a user can act on into one line and an exit code; leave a traceback to what is our mistake."""
+    try:
+        yield
+        return
+    except InputError as error:
+        message, code = f"error: {error}", 2
+    except Interrupted as stop:
+        resume = "" if "--resume" in sys.argv else " --resume"
+        message, code = f"{stop}; go on with: python {' '.join(sys.argv)}{resume}", stop.exit_code
+    except KeyboardInterrupt:
+        message, code = "stopped; what was saved before stands, and --resume goes on from it", 130
+    except FloatingPointError as error:
+        message, code = f"error: {error}; the best model so far is kept", 1
+    except OSError as error:  # a full disk, a folder that can't be written
+        message, code = f"error: {error.filename or 'writing'}: {error.strerror or error}", 1
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        message, code = "error: the device is out of memory; a smaller --batch_size or --use_lora takes less", 1
+    print(message, file=sys.stderr)
+    sys.exit(code)
 
 
 @dataclass(frozen=True)
@@ -109,6 +144,15 @@ class TrainConfig:
                 raise InputError(f"--{name} must be at least 0, not {getattr(self, name)}")
         if self.seed >= 2**63:
             raise InputError(f"--seed must be below 2**63, not {self.seed}")
+
+
+# AdamW's learning rates. For tiny, the best on dev of the sweep in data/README.md. For the GPT-2 sizes, from papers
+# and untested here: Li and Liang 2021 (arXiv 2101.00190) for all weights, Hu et al. 2021 (table 11) for LoRA.
+LEARNING_RATES = {"tiny": {"full": 3e-4, "lora": 3e-3}, "gpt2": {"full": 5e-5, "lora": 2e-4}}
+
+
+def default_learning_rate(model: str, method: str) -> float:
+    return LEARNING_RATES.get(model, LEARNING_RATES["gpt2"])[method]
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -107,9 +107,7 @@ class SonnetsDataset:
                 raise InputError(f"sonnet {sonnet.number} has {len(encoding.ids)} tokens; the model reads at most "
                                  f"{gpt.config.positions}: shorten or split it")  # fmt: skip
             self.sequences.append(torch.tensor([*encoding.ids, gpt.end_of_text]))
-        self.first_token_characters = [
-            len(gpt.tokenizer.decode(sequence[:1].tolist())) for sequence in self.sequences
-        ]
+        self.first_token_characters = [len(gpt.tokenizer.decode(sequence[:1].tolist())) for sequence in self.sequences]
 
     @property
     def lengths(self) -> list[int]:
@@ -129,6 +127,11 @@ class SonnetsDataset:
             "labels": pad(targets, batch_first=True, padding_value=IGNORED),
             "characters": sum(len(self.sonnets[row].text) + 1 - self.first_token_characters[row] for row in rows),
         }
+
+    @staticmethod
+    def targets(batch: dict) -> int:
+        """How many labels a loss is taken at."""
+        return int((batch["labels"] != IGNORED).sum())
 
     def in_order(self, batch_size: int) -> list[dict]:
         """All batches in file order, for evaluation."""

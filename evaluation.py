@@ -62,6 +62,18 @@ def copied_share(texts: list[str], train: list[Sonnet], n: int = 5) -> float:
     return sum(gram in known for gram in grams) / max(1, len(grams))
 
 
+def sonnet_figures(texts: list[str], sonnets: list[Sonnet], train: list[Sonnet]) -> dict[str, float]:
+    """chrF beside its floor, form and copying of the continuations of dev sonnets, written without a line limit."""
+    floor, deviation = chrf_floor(sonnets, train)
+    return {
+        "dev_chrf": chrf(texts, sonnets),
+        "dev_chrf_floor": floor,
+        "dev_chrf_floor_sd": deviation,
+        "dev_14_line_rate": whole_sonnet_rate(texts),
+        "dev_copied_5grams": copied_share(texts, train),
+    }
+
+
 def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
     words = [word.strip(".,;:!?'\"()-") for word in text.lower().split()]
     return list(zip(*(words[start:] for start in range(n)), strict=False))

@@ -1,8 +1,8 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685): train a low-rank update beside frozen weights; adapters in PEFT's format.
 
-    apply_lora(model, LoRAConfig(rank=4))     # freeze the model, wrap its targets
-    save_adapter(model, folder)               # a PEFT adapter; load_adapter(model, folder) takes it back
-    merge_lora(model)                         # W + (alpha / r) B A, plain linears again
+apply_lora(model, LoRAConfig(rank=4))     # freeze the model, wrap its targets
+save_adapter(model, folder)               # a PEFT adapter; load_adapter(model, folder) takes it back
+merge_lora(model)                         # W + (alpha / r) B A, plain linears again
 """
 
 import hashlib
@@ -27,9 +27,9 @@ PEFT_MODULES = {  # PEFT adapts Hugging Face's modules: their names, and ours in
 }
 PREFIX = "base_model.model.transformer."
 NOT_IMPLEMENTED = (
-    "use_rslora", "use_dora", "use_qalora", "modules_to_save", "layers_to_transform", "layers_pattern", "exclude_modules",
-    "target_parameters", "trainable_token_indices", "layer_replication", "lora_bias", "megatron_config", "loftq_config",
-    "eva_config", "corda_config", "alora_invocation_tokens", "arrow_config",
+    "use_rslora", "use_dora", "use_qalora", "modules_to_save", "layers_to_transform", "layers_pattern", "lora_bias",
+    "exclude_modules", "target_parameters", "trainable_token_indices", "layer_replication", "megatron_config",
+    "loftq_config", "eva_config", "corda_config", "alora_invocation_tokens", "arrow_config",
 )  # fmt: skip
 
 
@@ -126,11 +126,15 @@ def save_adapter(module: nn.Module, folder: str | Path) -> None:
                      if f"layers.{layer}.{name}" in found}  # fmt: skip
             if parts:
                 a, b = _join(parts, len(ours), some.rank)
-                tensors |= {f"{PREFIX}h.{layer}.{theirs}.lora_A.weight": a, f"{PREFIX}h.{layer}.{theirs}.lora_B.weight": b}
+                tensors |= {
+                    f"{PREFIX}h.{layer}.{theirs}.lora_A.weight": a,
+                    f"{PREFIX}h.{layer}.{theirs}.lora_B.weight": b,
+                }
     fused = sum(name.rsplit(".", 1)[-1] in targets for name in FUSED)
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True,
-        "r": some.rank, "lora_alpha": some.alpha, "lora_dropout": some.dropout.p, "bias": "none", "fan_in_fan_out": True,
+        "r": some.rank, "lora_alpha": some.alpha, "lora_dropout": some.dropout.p, "bias": "none",
+        "fan_in_fan_out": True,
         "target_modules": [theirs for theirs in PEFT_MODULES if f"{PREFIX}h.0.{theirs}.lora_A.weight" in tensors],
         "rank_pattern": {"c_attn": some.rank * fused} if fused > 1 else {},
         "alpha_pattern": {"c_attn": some.alpha * fused} if fused > 1 else {},
@@ -163,8 +167,10 @@ def load_adapter(module: nn.Module, folder: str | Path) -> nn.Module:
     gpt, folder = backbone(module), Path(folder)
     settings, tensors, ours = _read_adapter(folder)
     if ours and ours["base_sha256"] != (actual := fingerprint(gpt)):
-        raise InputError(f"{folder} was trained on another base: its weights' SHA-256 is {ours['base_sha256'][:12]}..., "
-                         f"this model's {actual[:12]}...; name the model it was trained on with --model_size")  # fmt: skip
+        raise InputError(
+            f"{folder} was trained on another base, whose weights have the SHA-256 {ours['base_sha256'][:12]}...; "
+            f"this model's is {actual[:12]}...: name the base it was trained on with --model_size"
+        )
     rank, pairs = settings["r"], {}
     for layer in range(gpt.config.layers):
         for theirs, names in PEFT_MODULES.items():
@@ -176,7 +182,9 @@ def load_adapter(module: nn.Module, folder: str | Path) -> nn.Module:
                 block = slice(column * rank, (column + 1) * rank) if ours else slice(None)
                 pairs[f"layers.{layer}.{name}"] = (a[block], b.chunk(len(names))[names.index(name)][:, block])
     if tensors or not pairs:
-        raise InputError(f"{folder}: tensors that this GPT-2 has no place for: {', '.join(sorted(tensors)[:3]) or 'none found'}")
+        raise InputError(
+            f"{folder}: tensors that this GPT-2 has no place for: {', '.join(sorted(tensors)[:3]) or 'none found'}"
+        )
     plain = {name.replace(".base", ""): part for name, part in gpt.named_modules() if isinstance(part, nn.Linear)}
     for name, (a, b) in pairs.items():
         wanted = (rank, plain[name].in_features), (plain[name].out_features, rank)
@@ -209,7 +217,7 @@ def _read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor], dict | None]:
         with safe_open(path, "pt") as file:
             note = json.loads((file.metadata() or {}).get("adapter", "null"))
             tensors = {re.sub(r"^base_model\.model\.(transformer\.)?", "", name): file.get_tensor(name).float()
-                       for name in file.keys()}  # fmt: skip
+                       for name in file.keys()}  # fmt: skip  # noqa: SIM118 (a safetensors file is no dict)
         if settings["peft_type"] != "LORA" or not isinstance(settings["r"], int):
             raise ValueError(f"peft_type {settings['peft_type']!r}, r {settings['r']!r}")
         if note is not None and not (isinstance(note["targets"], list) and isinstance(note["base_sha256"], str)):

@@ -57,7 +57,7 @@ def replacing_folder(folder: Path):
 
 
 class Run:
-    """A run's folder, `runs/<task>/<name>` unless named; `--resume` finds the newest unfinished one of equal options."""
+    """A run's folder, `runs/<task>/<name>` unless named; with `--resume` the newest unfinished one of equal options."""
 
     def __init__(self, task: str, name: str, options: dict, facts: dict):
         """Open the folder and write config.json. Raises InputError for a named folder that holds another run."""
@@ -73,7 +73,9 @@ class Run:
                 return
         self.folder = named or parent / name
         if named and (named / "config.json").exists():
-            raise InputError(f"{named} already holds a run; name another --out_dir, or --resume it with its own options")
+            raise InputError(
+                f"{named} already holds a run; name another --out_dir, or --resume it with its own options"
+            )
         counter = 1
         while True:
             try:
@@ -113,7 +115,9 @@ class Run:
         try:
             return torch.load(self.state_path, weights_only=True, map_location="cpu")
         except Exception as error:  # unpickling a broken file raises almost anything
-            raise InputError(f"{self.state_path} can't be read ({type(error).__name__}); delete it to start over") from error
+            raise InputError(
+                f"{self.state_path} can't be read ({type(error).__name__}); delete it to start over"
+            ) from error
 
     def write_metrics(self, rows: list[dict]) -> None:
         """metrics.csv, a row an epoch."""
@@ -150,6 +154,33 @@ def peak_memory_gb(device: torch.device) -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if platform.system() == "Darwin" else peak * 1024 / 1e9
+
+
+def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
+    """How many parameters train, and how many there are; a tied one counts once."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return {
+        "trainable_parameters": sum(n for n, trains in sizes if trains),
+        "total_parameters": sum(n for n, _ in sizes),
+    }
+
+
+def summary(progress, device: torch.device) -> dict:
+    """The part of summary.json that every task shares, from a run's Progress; times are of training alone."""
+    rows = progress.rows
+    memory = peak_memory_gb(device)
+    shared = {"epochs": len(rows), "best_epoch": progress.best_epoch, "peak_memory_gb": memory and round(memory, 3)}
+    if rows:
+        seconds = sum(row["seconds"] for row in rows)
+        shared |= {
+            "first_train_loss": rows[0]["train_loss"],
+            "final_train_loss": rows[-1]["train_loss"],
+            "best_dev_loss": min(row["dev_loss"] for row in rows),
+            "train_seconds": round(seconds, 3),
+            "seconds_per_epoch": round(seconds / len(rows), 3),
+            "tokens_per_second": round(sum(row["tokens_per_second"] * row["seconds"] for row in rows) / seconds, 1),
+        }
+    return shared
 
 
 def draw_curves(path: Path, rows: list[dict], base_loss: float, title: str) -> None:

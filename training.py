@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import InputError, TrainConfig
+from config import InputError, Interrupted, TrainConfig
 from runs import Run, peak_memory_gb, replacing_folder
 
 
@@ -44,15 +44,9 @@ class Progress:
     rows: list[dict] = field(default_factory=list)  # of metrics.csv
 
 
-class Interrupted(Exception):  # noqa: N818 (not an error: the run was asked to stop, and can be resumed)
-    """Training was stopped by a signal after a step, its state saved."""
-
-    def __init__(self, signal_number: int):
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
-        self.exit_code = 128 + signal_number
-
-
-def train(model: nn.Module, task: Task, config: TrainConfig, run: Run, device: torch.device, dtype: torch.dtype) -> Progress:
+def train(
+    model: nn.Module, task: Task, config: TrainConfig, run: Run, device: torch.device, dtype: torch.dtype
+) -> Progress:
     """Train what requires a gradient; leaves metrics.csv, best/ and resume/ in the run's folder.
 
     Raises Interrupted after a signal, and FloatingPointError for a loss or gradient that is not finite.
@@ -97,11 +91,14 @@ def train(model: nn.Module, task: Task, config: TrainConfig, run: Run, device: t
                 progress.seconds += time.perf_counter() - start
                 bar.update()
                 bar.set_postfix(loss=f"{value:.3f}", refresh=False)
-                due = config.checkpoint_every and (progress.epoch * steps + progress.step) % config.checkpoint_every == 0
+                due = (
+                    config.checkpoint_every and (progress.epoch * steps + progress.step) % config.checkpoint_every == 0
+                )
                 if progress.step < steps and (stop or due):
                     _save(run, progress, parameters, optimizer, scaler, device)
                 if stop:
-                    raise Interrupted(stop[0])
+                    name = signal.Signals(stop[0]).name
+                    raise Interrupted(f"stopped by {name} after a step, saved in {run.folder}", stop[0])
             _end_epoch(model, task, run, progress, rate, device, dtype)
             _save(run, progress, parameters, optimizer, scaler, device)
             run.write_metrics(progress.rows)
@@ -214,12 +211,25 @@ def choose_device(name: str, use_gpu: bool = False) -> torch.device:
     return device
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware has bfloat16 products; emulated, they take several times as long as float32's."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # torch has no public question
+
+
+def describe_dtype(dtype: torch.dtype, device: torch.device) -> str:
+    """Precision and place of the matrix products, for the screen."""
+    has = "multiplies bfloat16" if multiplies_bfloat16(device) else "has no fast bfloat16"
+    return f"{str(dtype).removeprefix('torch.')} on {device.type}, which {has}"
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 where the hardware multiplies it, else float16 on CUDA, else float32."""
     if name != "auto":
         if name == "float16" and device.type == "cpu":
             raise InputError("--dtype float16 needs CUDA; use auto, bfloat16 or float32")
         return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    if multiplies_bfloat16(device):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else torch.float32

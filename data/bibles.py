@@ -32,8 +32,9 @@ TRANSLATIONS = {
     "ylt": Translation("Young's Literal Translation", "1862, revised 1898", "public domain by age"),
     "dar": Translation("Darby Bible", "1890", "public domain by age"),
     "dr": Translation("Douay-Rheims, Challoner", "1582-1610, revised 1749-52", "public domain by age"),
-    "rwebster": Translation("Revised Webster Bible", "1833, spelling modernised later",
-                            "public domain by age, distributed as public domain"),
+    "rwebster": Translation(
+        "Revised Webster Bible", "1833, spelling modernised later", "public domain by age, distributed as public domain"
+    ),
     "wmth": Translation("Weymouth New Testament", "1903", "public domain by age"),
     "mont": Translation("Montgomery New Testament", "1924", "public domain in the United States since 2020"),
     "oeb": Translation("Open English Bible", "2010 on", "CC0 dedication"),
@@ -59,6 +60,7 @@ def book_of(verse: int) -> int:
 
 def _drift(text: str, starts: list[int]) -> int:
     """How far right of its verses a chapter's starts lie: the shift that puts most behind punctuation."""
+
     def score(shift: int) -> int:
         before = (text[max(start - shift - 4, 0) : start - shift].rstrip() for start in starts)
         return sum(part[-1:] in _STOPS for part in before)

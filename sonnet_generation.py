@@ -1,0 +1,192 @@
+"""Fine-tune GPT-2 on Shakespeare's sonnets and write new ones: all its weights, or LoRA's low-rank matrices only.
+
+python sonnet_generation.py --use_lora            # minutes on a laptop, with the embedded base model
+python sonnet_generation.py --model_size gpt2     # OpenAI's 124M weights, from the Hugging Face hub
+"""
+
+import argparse
+from pathlib import Path
+
+from config import (
+    PRESETS,
+    ROOT,
+    HelpFormatter,
+    InputError,
+    LoRAConfig,
+    TrainConfig,
+    add_options,
+    default_learning_rate,
+    exit_cleanly,
+    from_options,
+)
+
+DATA = ROOT / "data"
+REPORT = {"model_size": "gpt2", "epochs": 10, "batch_size": 8, "patience": 3, "temperature": 1.2, "top_p": 0.9}
+REPORT_LEARNING_RATES = {"full": 1e-5, "lora": 1e-4}
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    task = parser.add_argument_group("what to train, on what")
+    task.add_argument("--model_size", default="tiny", metavar="NAME", help=f"{', '.join(PRESETS)}, or a model's folder")
+    task.add_argument("--use_lora", action="store_true", help="train LoRA's low-rank matrices instead of all weights")
+    task.add_argument("--preset", choices=["report"], help="report: the settings of the report this code replaces")
+    for name, split in (("sonnet_path", "train"), ("dev_sonnet_path", "dev"), ("held_out_sonnet_path", "test")):
+        path = f"data/Shakespeare_Sonnets_{split}.csv"
+        task.add_argument(f"--{name}", default=path, metavar="FILE", help=f"{split} sonnets: .csv, or numbered text")
+    add_options(parser, TrainConfig, "training", lr=None, patience=3)
+    task.add_argument("--use_gpu", action="store_true", help="insist on CUDA")
+    add_options(parser, LoRAConfig, "LoRA (with --use_lora)", prefix="lora_")
+    writing = parser.add_argument_group("writing")
+    writing.add_argument("--temperature", type=float, default=1.2, metavar="N", help="0 takes the likeliest token")
+    writing.add_argument("--top_p", type=float, default=0.9, metavar="N", help="mass of the nucleus sampled from")
+    writing.add_argument("--top_k", type=int, default=0, metavar="N", help="sample from the k likeliest only; 0: all")
+    writing.add_argument("--max_new_tokens", type=int, default=200, metavar="N", help="a sonnet's end at the latest")
+    writing.add_argument("--generate_only", action="store_true", help="write with --adapter or --model; no training")
+    writing.add_argument("--adapter", metavar="DIR", help="a LoRA adapter's folder, for --generate_only")
+    writing.add_argument("--model", metavar="DIR", help="a model's folder, for --generate_only")
+    files = parser.add_argument_group("files")
+    files.add_argument("--sonnet_out", default="predictions/generated_sonnets.txt", metavar="FILE", help="new sonnets")
+    files.add_argument("--out_dir", metavar="DIR", help="the run's folder, instead of one in runs/sonnets")
+    files.add_argument("--resume", action="store_true", help="go on with the newest unfinished run of these options")
+    if parser.parse_known_args(arguments)[0].preset == "report":
+        parser.set_defaults(**REPORT)
+    options = parser.parse_args(arguments)
+    options.method = "lora" if options.use_lora else "full"
+    if options.lr is None:
+        rates = REPORT_LEARNING_RATES if options.preset else {}
+        options.lr = rates.get(options.method) or default_learning_rate(options.model_size, options.method)
+    if (options.adapter or options.model) and not options.generate_only:
+        raise InputError(
+            "--adapter and --model go with --generate_only; to train from a folder, name it by --model_size"
+        )
+    return options
+
+
+def main(options: argparse.Namespace) -> None:
+    # imported here, so that --help and a mistyped option are answered at once
+    import torch
+
+    from datasets import SonnetsDataset, bucketed_batches, read_sonnets
+    from evaluation import language_model_figures, sonnet_figures
+    from lora import apply_lora, load_adapter, merge_lora, save_adapter
+    from models.gpt2 import GPT2Model
+    from models.sonnet_gpt import SonnetGPT, check_sampling
+    from runs import Run, draw_curves, facts, parameter_counts, summary, write_json, write_text
+    from training import Task, choose_device, choose_dtype, describe_dtype, train
+
+    config, lora_config = from_options(TrainConfig, options), from_options(LoRAConfig, options, prefix="lora_")
+    sampling = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens")}
+    check_sampling(**sampling)
+    sampling["seed"] = config.seed
+    device = choose_device(options.device, options.use_gpu)
+    dtype = choose_dtype(options.dtype, device)
+    held_out = read_sonnets(options.held_out_sonnet_path)
+    prompts = [sonnet.prompt for sonnet in held_out]
+    torch.manual_seed(config.seed)
+
+    if options.generate_only:
+        model = SonnetGPT(GPT2Model.from_pretrained(options.model or options.model_size))
+        if options.adapter:
+            merge_lora(load_adapter(model, options.adapter))
+        source = " + ".join(filter(None, (options.model or options.model_size, options.adapter)))
+        print(f"sonnets: {source} continues the {len(held_out)} sonnets of {options.held_out_sonnet_path}")
+        texts = model.to(device).generate(prompts, **sampling)
+        write_text(Path(options.sonnet_out), as_file(held_out, texts))
+        print(f"{preview(held_out, texts)}\n\nall {len(texts)} are in {options.sonnet_out}")
+        return
+
+    sonnets, dev = read_sonnets(options.sonnet_path), read_sonnets(options.dev_sonnet_path)
+    model = SonnetGPT(GPT2Model.from_pretrained(options.model_size))
+    if options.use_lora:
+        apply_lora(model, lora_config)
+    model.to(device)
+    train_set, dev_set = SonnetsDataset(sonnets, model.gpt), SonnetsDataset(dev, model.gpt)
+    whole = all(sonnet.continuation for sonnet in held_out)  # the course's file has three lines of each: no loss then
+    test_set = SonnetsDataset(held_out, model.gpt) if whole else None
+    name = f"{Path(options.model_size).name}-{options.method}-seed{config.seed}"
+    files = [options.sonnet_path, options.dev_sonnet_path, options.held_out_sonnet_path]
+    run = Run("sonnets", name, vars(options), facts(device, dtype, files))
+
+    counts = parameter_counts(model)
+    method = "full fine-tuning"
+    if options.use_lora:
+        method = f"LoRA rank {lora_config.rank} on {', '.join(lora_config.targets)}"
+    print(f"sonnets ({len(sonnets)} train, {len(dev)} dev, {len(held_out)} test), {options.model_size}, {method}")
+    print(f"{counts['trainable_parameters']:,} of {counts['total_parameters']:,} parameters train, in "
+          f"{describe_dtype(dtype, device)}; learning rate {config.lr:g}")  # fmt: skip
+    known = {sonnet.text for sonnet in sonnets}
+    if seen := sum(sonnet.text in known for sonnet in [*dev, *held_out]):
+        print(f"note: {seen} dev or test sonnets are in the training file too: their losses say nothing about new text")
+
+    def figures(dataset: SonnetsDataset | None, split: str) -> dict[str, float]:
+        if dataset is None:
+            return {}
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            found = language_model_figures(model, dataset.in_order(config.batch_size))
+        return {f"{split}_{name}": value for name, value in found.items()}
+
+    base = figures(dev_set, "dev") | figures(test_set, "test")
+    task = Task(
+        batches=lambda epoch: bucketed_batches(train_set.lengths, config.batch_size, config.seed, epoch),
+        collate=train_set.collate,
+        loss=lambda model, batch: (model.loss(batch["input_ids"], batch["labels"]), train_set.targets(batch)),
+        evaluate=lambda model: figures(dev_set, "dev"),
+        save=lambda model, folder: (save_adapter if options.use_lora else GPT2Model.save_pretrained)(model.gpt, folder),
+    )
+    progress = train(model, task, config, run, device, dtype)
+
+    if progress.rows:  # take the best epoch's weights
+        best = load_adapter(model, run.best) if options.use_lora else SonnetGPT(GPT2Model.from_pretrained(run.best))
+        model = best.to(device)
+    tuned = figures(dev_set, "dev") | figures(test_set, "test")
+    merge_lora(model)
+    texts = model.generate(prompts, **sampling)
+    form = sonnet_figures(model.generate([sonnet.prompt for sonnet in dev], max_lines=None, **sampling), dev, sonnets)
+
+    for path in (run.folder / "predictions" / "generated_sonnets.txt", Path(options.sonnet_out)):
+        write_text(path, as_file(held_out, texts))
+    if progress.rows:
+        draw_curves(run.folder / "curves.png", progress.rows, base["dev_loss"], f"{options.model_size}, {method}")
+    write_json(run.folder / "summary.json", {
+        "task": "sonnets", "model": options.model_size, "method": options.method, "seed": config.seed, **counts,
+        **summary(progress, device), **{f"base_{name}": value for name, value in base.items()}, **tuned, **form,
+    })  # fmt: skip
+    print(f"\n{preview(held_out, texts)}\n\n{comparison(base, tuned, form)}\n")
+    print(f"sonnets: {options.sonnet_out}\ncurves, metrics, best model, summary: {run.folder}")
+
+
+def as_file(sonnets: list, texts: list[str]) -> str:
+    """The course's format: a header, then each sonnet's number and text."""
+    return "--Generated Sonnets--\n\n" + "".join(f"\n{s.number}\n\n{t}\n" for s, t in zip(sonnets, texts, strict=True))
+
+
+def preview(sonnets: list, texts: list[str], count: int = 2) -> str:
+    """The first sonnets written, for the screen: what was given, then a bar before each line that is new."""
+    blocks = []
+    for sonnet, text in list(zip(sonnets, texts, strict=True))[:count]:
+        new = text.removeprefix(sonnet.prompt).split("\n")
+        blocks.append(
+            "\n".join([f"sonnet {sonnet.number}, continued", sonnet.prompt.rstrip("\n"), *(f"| {n}" for n in new)])
+        )
+    return "\n\n".join(blocks)
+
+
+def comparison(base: dict, tuned: dict, form: dict) -> str:
+    """What training changed, a line a figure."""
+    units = {"loss": "nats a token", "perplexity": "", "bits_per_character": ""}
+    lines = ["                               base -> tuned"]
+    for name, value in tuned.items():
+        split, _, figure = name.partition("_")
+        label = f"{split} {figure.replace('_', ' ')}" + (f" ({units[figure]})" if units[figure] else "")
+        lines.append(f"{label:<27}{base[name]:>8.3f} -> {value:.3f}  ({100 * (value / base[name] - 1):+.1f} %)")
+    lines.append(f"dev chrF of what is new    {form['dev_chrf']:.1f}  (lines of random training sonnets: "
+                 f"{form['dev_chrf_floor']:.1f}, sd {form['dev_chrf_floor_sd']:.1f})")  # fmt: skip
+    lines.append(f"dev, 14 lines unprompted   {form['dev_14_line_rate']:.0%};  5-grams copied from training text "
+                 f"{form['dev_copied_5grams']:.1%}")  # fmt: skip
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    with exit_cleanly():
+        main(parse_options())
