@@ -89,8 +89,26 @@ def adapters(module: nn.Module) -> dict[str, LoRALinear]:
     return {name: part for name, part in module.named_modules() if isinstance(part, LoRALinear)}
 
 
+def hold_frozen(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Keep frozen matrices in the precision that autocast multiplies in, cast once instead of every step.
+
+    Norms and positions stay in float32, and so do the sums. The cast loses digits: to merge, load the base again.
+    """
+    gpt = backbone(module)
+    gpt.base_sha256 = fingerprint(gpt)
+    for part in [gpt.token_embedding, *(part for part in gpt.modules() if isinstance(part, nn.Linear))]:
+        if not part.weight.requires_grad:
+            part.to(dtype)
+    return module
+
+
 def merge_lora(module: nn.Module) -> nn.Module:
-    """Fold every update into its base and put plain linears back; a second call finds nothing to do."""
+    """Fold every update into its base and put plain linears back; a second call finds nothing to do.
+
+    Raises InputError where hold_frozen has cast the base.
+    """
+    if hasattr(backbone(module), "base_sha256"):
+        raise InputError("the base's weights were cast for training: load the base and the adapter anew, then merge")
     for name, adapter in adapters(module).items():
         module.set_submodule(name, adapter.merged())
     return module
@@ -98,6 +116,8 @@ def merge_lora(module: nn.Module) -> nn.Module:
 
 def fingerprint(module: nn.Module) -> str:
     """SHA-256 of a GPT-2's own weights in float32: one value however a folder lays them out, adapters left aside."""
+    if hasattr(backbone(module), "base_sha256"):  # of the weights before hold_frozen cast them
+        return backbone(module).base_sha256
     state = {name.replace(".base.", "."): tensor for name, tensor in backbone(module).state_dict().items()}
     digest = hashlib.sha256()
     for name in sorted(name for name in state if ".lora_" not in name):

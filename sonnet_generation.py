@@ -69,7 +69,7 @@ def main(options: argparse.Namespace) -> None:
 
     from datasets import SonnetsDataset, bucketed_batches, read_sonnets
     from evaluation import language_model_figures, sonnet_figures
-    from lora import apply_lora, load_adapter, merge_lora, save_adapter
+    from lora import apply_lora, hold_frozen, load_adapter, merge_lora, save_adapter
     from models.gpt2 import GPT2Model
     from models.sonnet_gpt import SonnetGPT, check_sampling
     from runs import Run, draw_curves, facts, parameter_counts, summary, write_json, write_text
@@ -109,6 +109,8 @@ def main(options: argparse.Namespace) -> None:
     run = Run("sonnets", name, vars(options), facts(device, dtype, files))
 
     counts = parameter_counts(model)
+    if options.use_lora and dtype != torch.float32:
+        hold_frozen(model, dtype)
     method = "full fine-tuning"
     if options.use_lora:
         method = f"LoRA rank {lora_config.rank} on {', '.join(lora_config.targets)}"
@@ -136,9 +138,11 @@ def main(options: argparse.Namespace) -> None:
     )
     progress = train(model, task, config, run, device, dtype)
 
-    if progress.rows:  # take the best epoch's weights
-        best = load_adapter(model, run.best) if options.use_lora else SonnetGPT(GPT2Model.from_pretrained(run.best))
-        model = best.to(device)
+    if progress.rows:  # the best epoch's weights; LoRA's base in float32 again
+        model = SonnetGPT(GPT2Model.from_pretrained(options.model_size if options.use_lora else run.best))
+        if options.use_lora:
+            load_adapter(model, run.best)
+        model.to(device)
     tuned = figures(dev_set, "dev") | figures(test_set, "test")
     merge_lora(model)
     texts = model.generate(prompts, **sampling)

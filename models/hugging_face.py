@@ -65,7 +65,7 @@ def from_hugging_face(tensors: dict[str, Tensor], expected: dict[str, torch.Size
         for name, part in zip(ours, parts, strict=True):
             if part.shape != expected[name]:
                 raise InputError(f"{theirs} makes {name} {tuple(part.shape)}; config.json says {tuple(expected[name])}")
-            state[name] = part.contiguous()
+            state[name] = part.clone(memory_format=torch.contiguous_format)  # else the whole file stays mapped
     if head is not None and not torch.equal(head, given["wte.weight"]):
         raise InputError("lm_head.weight differs from wte.weight; only a tied output embedding is supported")
     return state
