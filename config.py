@@ -102,7 +102,6 @@ class LoRAConfig:
     )
 
     def __post_init__(self):
-        object.__setattr__(self, "targets", tuple(name for name in LINEARS if name in self.targets) or self.targets)
         if not isinstance(self.rank, int) or self.rank < 1:
             raise InputError(f"LoRA's rank must be a whole number of at least 1, not {self.rank!r}")
         if not self.alpha > 0:
@@ -112,6 +111,7 @@ class LoRAConfig:
         unknown = sorted(set(self.targets) - set(LINEARS))
         if unknown or not self.targets:
             raise InputError(f"LoRA's targets {unknown or 'are empty'}: choose from {', '.join(LINEARS)}")
+        object.__setattr__(self, "targets", tuple(name for name in LINEARS if name in self.targets))  # one order
 
 
 @dataclass(frozen=True)

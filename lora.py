@@ -26,11 +26,12 @@ PEFT_MODULES = {  # PEFT adapts Hugging Face's modules: their names, and ours in
     "mlp.c_proj": ("out_dense",),
 }
 PREFIX = "base_model.model.transformer."
-NOT_IMPLEMENTED = (
-    "use_rslora", "use_dora", "use_qalora", "modules_to_save", "layers_to_transform", "layers_pattern", "lora_bias",
-    "exclude_modules", "target_parameters", "trainable_token_indices", "layer_replication", "megatron_config",
-    "loftq_config", "eva_config", "corda_config", "alora_invocation_tokens", "arrow_config",
-)  # fmt: skip
+# settings of an adapter that are read, or change nothing; any other that is set is refused
+KNOWN = {
+    "peft_type", "r", "lora_alpha", "lora_dropout", "bias", "init_lora_weights", "target_modules", "rank_pattern",
+    "alpha_pattern", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision",
+    "inference_mode", "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+}  # fmt: skip
 
 
 class LoRALinear(nn.Module):
@@ -95,10 +96,12 @@ def hold_frozen(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     Norms and positions stay in float32, and so do the sums. The cast loses digits: to merge, load the base again.
     """
     gpt = backbone(module)
-    gpt.base_sha256 = fingerprint(gpt)
-    for part in [gpt.token_embedding, *(part for part in gpt.modules() if isinstance(part, nn.Linear))]:
-        if not part.weight.requires_grad:
-            part.to(dtype)
+    matrices = [gpt.token_embedding, *(part for part in gpt.modules() if isinstance(part, nn.Linear))]
+    frozen = [part for part in matrices if not part.weight.requires_grad]
+    if frozen:
+        gpt.base_sha256 = fingerprint(gpt)
+    for part in frozen:
+        part.to(dtype)
     return module
 
 
@@ -195,8 +198,12 @@ def load_adapter(module: nn.Module, folder: str | Path) -> nn.Module:
     for layer in range(gpt.config.layers):
         for theirs, names in PEFT_MODULES.items():
             a, b = (tensors.pop(f"h.{layer}.{theirs}.lora_{side}.weight", None) for side in "AB")
-            if a is None or b is None:
+            if a is None and b is None:
                 continue
+            if a is None or b is None:
+                raise InputError(
+                    f"{folder}: h.{layer}.{theirs} has lora_{'B' if a is None else 'A'} alone; copy it again"
+                )
             adapted = [name for name in names if not ours or name.rsplit(".", 1)[-1] in ours["targets"]]
             for column, name in enumerate(adapted):
                 block = slice(column * rank, (column + 1) * rank) if ours else slice(None)
@@ -238,13 +245,14 @@ def _read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor], dict | None]:
             note = json.loads((file.metadata() or {}).get("adapter", "null"))
             tensors = {re.sub(r"^base_model\.model\.(transformer\.)?", "", name): file.get_tensor(name).float()
                        for name in file.keys()}  # fmt: skip  # noqa: SIM118 (a safetensors file is no dict)
-        if settings["peft_type"] != "LORA" or not isinstance(settings["r"], int):
-            raise ValueError(f"peft_type {settings['peft_type']!r}, r {settings['r']!r}")
+        rank, alpha = settings["r"], settings["lora_alpha"]
+        if settings["peft_type"] != "LORA" or not isinstance(rank, int) or not isinstance(alpha, int | float):
+            raise ValueError(f"peft_type {settings['peft_type']!r}, r {rank!r}, lora_alpha {alpha!r}")
         if note is not None and not (isinstance(note["targets"], list) and isinstance(note["base_sha256"], str)):
             raise ValueError(f"metadata {note!r}")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f"{folder} is not a LoRA adapter that can be read ({error!r})") from error
-    refused = [name for name in NOT_IMPLEMENTED if settings.get(name)]
+    refused = [name for name, value in settings.items() if value and name not in KNOWN]
     refused += ["bias"] * (settings.get("bias", "none") != "none")
     refused += ["init_lora_weights"] * (settings.get("init_lora_weights", True) not in (True, False, None, "gaussian"))
     refused += ["target_modules (a regular expression)"] * isinstance(settings.get("target_modules"), str)

@@ -73,7 +73,7 @@ def main(options: argparse.Namespace) -> None:
     from models.gpt2 import GPT2Model
     from models.sonnet_gpt import SonnetGPT, check_sampling
     from runs import Run, draw_curves, facts, parameter_counts, summary, write_json, write_text
-    from training import Task, choose_device, choose_dtype, describe_dtype, train
+    from training import Task, choose_device, choose_dtype, describe_dtype, precision, train
 
     config, lora_config = from_options(TrainConfig, options), from_options(LoRAConfig, options, prefix="lora_")
     sampling = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens")}
@@ -109,8 +109,6 @@ def main(options: argparse.Namespace) -> None:
     run = Run("sonnets", name, vars(options), facts(device, dtype, files))
 
     counts = parameter_counts(model)
-    if options.use_lora and dtype != torch.float32:
-        hold_frozen(model, dtype)
     method = "full fine-tuning"
     if options.use_lora:
         method = f"LoRA rank {lora_config.rank} on {', '.join(lora_config.targets)}"
@@ -124,11 +122,17 @@ def main(options: argparse.Namespace) -> None:
     def figures(dataset: SonnetsDataset | None, split: str) -> dict[str, float]:
         if dataset is None:
             return {}
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with precision(device, dtype):
             found = language_model_figures(model, dataset.in_order(config.batch_size))
         return {f"{split}_{name}": value for name, value in found.items()}
 
+    if options.resume:
+        saved = "goes on with" if run.state_path.exists() else "finds nothing saved and starts from the beginning in"
+        print(f"--resume {saved} {run.folder}")
+
     base = figures(dev_set, "dev") | figures(test_set, "test")
+    if options.use_lora and dtype != torch.float32:
+        hold_frozen(model, dtype)
     task = Task(
         batches=lambda epoch: bucketed_batches(train_set.lengths, config.batch_size, config.seed, epoch),
         collate=train_set.collate,
@@ -138,11 +142,11 @@ def main(options: argparse.Namespace) -> None:
     )
     progress = train(model, task, config, run, device, dtype)
 
-    if progress.rows:  # the best epoch's weights; LoRA's base in float32 again
-        model = SonnetGPT(GPT2Model.from_pretrained(options.model_size if options.use_lora else run.best))
-        if options.use_lora:
-            load_adapter(model, run.best)
-        model.to(device)
+    # the best epoch's weights, or LoRA's base in float32 with its best adapter
+    trained = options.model_size if options.use_lora or not progress.rows else run.best
+    model = SonnetGPT(GPT2Model.from_pretrained(trained)).to(device)
+    if options.use_lora and progress.rows:
+        load_adapter(model, run.best)
     tuned = figures(dev_set, "dev") | figures(test_set, "test")
     merge_lora(model)
     texts = model.generate(prompts, **sampling)
@@ -178,15 +182,13 @@ def preview(sonnets: list, texts: list[str], count: int = 2) -> str:
 
 def comparison(base: dict, tuned: dict, form: dict) -> str:
     """What training changed, a line a figure."""
-    units = {"loss": "nats a token", "perplexity": "", "bits_per_character": ""}
-    lines = ["                               base -> tuned"]
+    lines = ["                              base -> tuned"]
     for name, value in tuned.items():
-        split, _, figure = name.partition("_")
-        label = f"{split} {figure.replace('_', ' ')}" + (f" ({units[figure]})" if units[figure] else "")
-        lines.append(f"{label:<27}{base[name]:>8.3f} -> {value:.3f}  ({100 * (value / base[name] - 1):+.1f} %)")
-    lines.append(f"dev chrF of what is new    {form['dev_chrf']:.1f}  (lines of random training sonnets: "
+        label = name.replace("_", " ").replace("loss", "loss, nats a token")
+        lines.append(f"{label:<26}{base[name]:>8.3f} -> {value:.3f}  ({100 * (value / base[name] - 1):+.1f} %)")
+    lines.append(f"dev chrF of what is new     {form['dev_chrf']:.1f}  (lines of random training sonnets: "
                  f"{form['dev_chrf_floor']:.1f}, sd {form['dev_chrf_floor_sd']:.1f})")  # fmt: skip
-    lines.append(f"dev, 14 lines unprompted   {form['dev_14_line_rate']:.0%};  5-grams copied from training text "
+    lines.append(f"dev, exactly 14 lines       {form['dev_14_line_rate']:.0%};  5-grams copied from training text "
                  f"{form['dev_copied_5grams']:.1%}")  # fmt: skip
     return "\n".join(lines)
 

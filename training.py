@@ -55,6 +55,7 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     progress = _restore(run, parameters, optimizer, scaler, device)
+    run.write_metrics(progress.rows)
     steps = len(task.batches(0))
     with tqdm(total=config.epochs * steps, unit="step", disable=None, leave=False) as bar, _signals() as stop:
         bar.update(progress.epoch * steps + progress.step)
@@ -64,13 +65,13 @@ def train(
             model.train()
             while progress.step < steps:
                 start = time.perf_counter()
-                rate = learning_rate(progress.epoch * steps + progress.step, config.epochs * steps, config)
+                done = progress.epoch * steps + progress.step
                 for group in optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = learning_rate(done, config.epochs * steps, config)
                 batch = {name: value.to(device) if isinstance(value, Tensor) else value
                          for name, value in task.collate(batches[progress.step]).items()}  # fmt: skip
                 optimizer.zero_grad(set_to_none=True)
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                with precision(device, dtype):
                     loss, items = task.loss(model, batch)
                 value = loss.item()
                 if not math.isfinite(value):
@@ -81,7 +82,7 @@ def train(
                 scaler.scale(loss).backward()
                 if config.max_grad_norm:
                     scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, error_if_nonfinite=False)
+                    nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
                 scaler.step(optimizer)
                 scaler.update()
                 progress.step += 1
@@ -91,28 +92,32 @@ def train(
                 progress.seconds += time.perf_counter() - start
                 bar.update()
                 bar.set_postfix(loss=f"{value:.3f}", refresh=False)
-                due = (
-                    config.checkpoint_every and (progress.epoch * steps + progress.step) % config.checkpoint_every == 0
-                )
-                if progress.step < steps and (stop or due):
+                if stop or (config.checkpoint_every and (done + 1) % config.checkpoint_every == 0):
                     _save(run, progress, parameters, optimizer, scaler, device)
                 if stop:
                     name = signal.Signals(stop[0]).name
                     raise Interrupted(f"stopped by {name} after a step, saved in {run.folder}", stop[0])
-            _end_epoch(model, task, run, progress, rate, device, dtype)
+            _end_epoch(model, task, run, progress, optimizer.param_groups[0]["lr"], device)
             _save(run, progress, parameters, optimizer, scaler, device)
             run.write_metrics(progress.rows)
             tqdm.write(describe(progress.rows[-1], config.epochs, progress.best_epoch))
     return progress
 
 
-def _end_epoch(model, task: Task, run: Run, progress: Progress, rate: float, device, dtype) -> None:
+def precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Matrix products in `dtype`, sums and norms in float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def _end_epoch(model, task: Task, run: Run, progress: Progress, rate: float, device: torch.device) -> None:
     """Evaluate, keep the model if it is the best so far, and add the epoch's row."""
     model.eval()
-    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with torch.no_grad():
         figures = task.evaluate(model)
     progress.epoch += 1
     score = figures[task.metric]
+    if not math.isfinite(score):
+        raise FloatingPointError(f"{task.metric} is {score} after epoch {progress.epoch}; try a smaller --lr")
     if progress.best is None or (score > progress.best if task.larger_is_better else score < progress.best):
         progress.best, progress.best_epoch = score, progress.epoch
         with replacing_folder(run.best) as folder:

@@ -61,6 +61,8 @@ def from_hugging_face(tensors: dict[str, Tensor], expected: dict[str, torch.Size
             raise InputError(f"the weights {problem} {', '.join(sorted(wrong)[:4])}{' ...' * (len(wrong) > 4)}")
     state = {}
     for theirs, ours in names.items():
+        if given[theirs].ndim != (2 if theirs.endswith("weight") and "ln_" not in theirs else 1):
+            raise InputError(f"{theirs} has shape {tuple(given[theirs].shape)}, which no GPT-2 has")
         parts = split_conv1d(given[theirs], len(ours)) if ".c_" in theirs else [given[theirs]]
         for name, part in zip(ours, parts, strict=True):
             if part.shape != expected[name]:

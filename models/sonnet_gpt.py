@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from config import InputError
 from models.gpt2 import GPT2Model
@@ -47,6 +48,8 @@ class SonnetGPT(nn.Module):
         if not all(ids):
             raise InputError("a prompt is empty: give at least one character to continue")
         width = max(map(len, ids))
+        if width >= gpt.config.positions:
+            raise InputError(f"a prompt has {width} tokens; the model has {gpt.config.positions} positions: shorten it")
         length = min(width + max_new_tokens, gpt.config.positions)
         device, dtype = gpt.token_embedding.weight.device, gpt.token_embedding.weight.dtype
         # padded on the left, so that all rows end at the same place
@@ -56,7 +59,7 @@ class SonnetGPT(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         new = [[] for _ in ids]
         alive = list(range(len(ids)))
-        for _ in range(length - width):
+        for _ in tqdm(range(length - width), "writing", unit="token", delay=2, leave=False, disable=None):
             logits = gpt.hidden_state_to_token(gpt(tokens, mask, cache)["last_token"]).float()  # (rows alive, V)
             # a draw for every row, ended or not: the end of one moves no other
             draws = torch.rand(len(ids), generator=generator)[alive]
@@ -78,7 +81,11 @@ class SonnetGPT(nn.Module):
             tokens = torch.tensor([[chosen[index]] for index in going], device=device)
             mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
         texts = [prompt + tokenizer.decode(row) for prompt, row in zip(prompts, new, strict=True)]
-        return [_first_lines(text, max_lines) if max_lines else text for text in texts]
+        if max_lines is not None:
+            texts = [
+                max(prompt, _first_lines(text, max_lines), key=len) for prompt, text in zip(prompts, texts, strict=True)
+            ]
+        return texts
 
 
 def check_sampling(temperature: float, top_p: float, top_k: int, max_new_tokens: int) -> None:
@@ -117,7 +124,7 @@ def _full_lines(text: str) -> int:
 
 
 def _first_lines(text: str, count: int) -> str:
-    """The text up to and including its `count`th line that is not empty."""
+    """The text, without what follows its `count`th line that is not empty."""
     lines = text.split("\n")
-    ends = [index for index, line in enumerate(lines) if line.strip()][:count]
-    return "\n".join(lines[: ends[-1] + 1]) if ends else text
+    filled = [index for index, line in enumerate(lines) if line.strip()]
+    return "\n".join(lines[: filled[count - 1] + 1]) if len(filled) >= count else text

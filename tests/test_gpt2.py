@@ -46,6 +46,7 @@ def test_padding_and_batch_mates_change_nothing(gpt, rows, left):
     """A row's states must not depend on its padding's side or on the rows beside it."""
     batch, mask = pad(rows, left)
     hidden = gpt(batch, mask)["last_hidden_state"]
+    assert hidden.isfinite().all()  # padding too: a NaN there would reach every gradient
     for index, row in enumerate(rows):
         assert_close(hidden[index, mask[index].bool()], gpt(row[None])["last_hidden_state"][0], **CLOSE)
 
