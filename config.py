@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,9 @@ class Interrupted(Exception):  # noqa: N818 (no error: a run that was asked to s
 @contextlib.contextmanager
 def exit_cleanly():
     """Turn what a user can act on into one line and an exit code; leave a traceback to what is our mistake."""
+    for stream in (sys.stdout, sys.stderr):  # a console without UTF-8 shows a ? instead of failing
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         yield
         return
@@ -33,17 +37,17 @@ def exit_cleanly():
         message, code = f"error: {error}", 2
     except Interrupted as stop:
         resume = "" if "--resume" in sys.argv else " --resume"
-        message, code = f"{stop}; go on with: python {' '.join(sys.argv)}{resume}", stop.exit_code
+        message, code = f"{stop}; go on with: python {shlex.join(sys.argv)}{resume}", stop.exit_code
     except KeyboardInterrupt:
-        message, code = "stopped; what was saved before stands, and --resume goes on from it", 130
+        message, code = "stopped; what was saved before stands", 130
     except FloatingPointError as error:
-        message, code = f"error: {error}; the best model so far is kept", 1
+        message, code = f"error: {error}; what was saved before stands", 1
     except OSError as error:  # a full disk, a folder that can't be written
-        message, code = f"error: {error.filename or 'writing'}: {error.strerror or error}", 1
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
+        message, code = f"error: {error.filename or ''} {error.strerror or error}; what was saved before stands", 1
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        message, code = "error: the device is out of memory; a smaller --batch_size or --use_lora takes less", 1
+        message, code = "error: out of memory; a smaller --batch_size, or --use_lora, takes less", 1
     print(message, file=sys.stderr)
     sys.exit(code)
 
@@ -119,7 +123,7 @@ class TrainConfig:
     """How a model is trained; the same for every task."""
 
     epochs: int = option(10, "passes over the training data; 0 evaluates only")
-    lr: float = option(1e-5, "AdamW's (largest) learning rate")
+    lr: float = option(1e-5, "AdamW's (largest) learning rate; by default one for the model and method")
     batch_size: int = option(8, "examples a step")
     seed: int = option(11711, "fixes initialisation, order of batches, dropout and sampling")
     schedule: str = option("constant", "the learning rate after warm-up", choices=("constant", "linear", "cosine"))
@@ -155,11 +159,12 @@ def default_learning_rate(model: str, method: str) -> float:
     return LEARNING_RATES.get(model, LEARNING_RATES["gpt2"])[method]
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds each option's default to its help, where it has one worth saying."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Adds each option's default to its help, where it has one to show."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        hidden = action.default is None or action.default is False or str(action.default).startswith(str(ROOT))
+        return action.help if hidden else super()._get_help_string(action)
 
 
 def add_options(parser: argparse.ArgumentParser, config_class, title: str, prefix: str = "", **defaults) -> None:

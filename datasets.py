@@ -54,7 +54,7 @@ def read_sonnets(path: str | Path) -> list[Sonnet]:
 
     Raises InputError, naming file and row, for anything else.
     """
-    text = read_text(path, "python data/build_sonnets.py makes the embedded files")
+    text = read_text(path, "check the path, or leave the option out for the embedded sonnets")
     parse = _parse_csv if Path(path).suffix.lower() == ".csv" else _parse_numbered
     sonnets = [Sonnet(number, _clean(body)) for number, body in parse(text, path)]
     if not sonnets:
@@ -79,6 +79,8 @@ def _parse_csv(text: str, path: str | Path) -> list[tuple[int, str]]:
             raise InputError(f"{path} has no column {column}; its columns are {', '.join(map(str, rows[0]))}")
     sonnets = []
     for index, row in enumerate(rows, start=2):
+        if None in row:
+            raise InputError(f"{path}, row {index}: more fields than the header has; put quotes round the text")
         if not re.fullmatch(r"\s*[0-9]{1,9}\s*", row["id"] or "") or row["text"] is None:
             raise InputError(f"{path}, row {index}: id {row['id']!r} is not a sonnet's number, or the text is missing")
         sonnets.append((int(row["id"]), row["text"]))

@@ -2,6 +2,8 @@
 
 import contextlib
 import csv
+import errno
+import glob
 import hashlib
 import importlib.metadata
 import io
@@ -13,6 +15,7 @@ import subprocess
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from config import ROOT, InputError
 
@@ -20,15 +23,21 @@ PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "huggingface_hub", "s
 NOT_COMPARED = ("resume", "out_dir")  # options that do not change what is computed
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file by new content so that a kill at any instant leaves the old file or the new one."""
+@contextlib.contextmanager
+def replacing_file(path: Path):
+    """Yield a file to write; a kill at any instant leaves the old content under `path`, or all of the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        file.write(content)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    with replacing_file(path) as file:
+        file.write(content)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -46,7 +55,10 @@ def replacing_folder(folder: Path):
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir(parents=True)
-    yield fresh
+    try:
+        yield fresh
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise OSError(errno.EIO, str(error), str(fresh)) from error
     for path in fresh.iterdir():
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
@@ -61,20 +73,25 @@ class Run:
 
     def __init__(self, task: str, name: str, options: dict, facts: dict):
         """Open the folder and write config.json. Raises InputError for a named folder that holds another run."""
-        self.task, self.options = task, {key: value for key, value in options.items() if key not in NOT_COMPARED}
+        self.options = {key: value for key, value in options.items() if key not in NOT_COMPARED}
         named = Path(options["out_dir"]) if options["out_dir"] else None
         parent = ROOT / "runs" / task
         self.resumed = False
         if options["resume"]:
-            candidates = [named] if named else sorted(parent.glob(f"{name}*"), key=lambda path: path.stat().st_mtime)
-            unfinished = [path for path in candidates if self._unfinished(path)]
+            candidates = (
+                [named]
+                if named
+                else sorted(parent.glob(f"{glob.escape(name)}*"), key=lambda path: path.stat().st_mtime)
+            )
+            unfinished = [path for path in candidates if self._unfinished(path, facts)]
             if unfinished:
                 self.folder, self.resumed = unfinished[-1], True
                 return
         self.folder = named or parent / name
         if named and (named / "config.json").exists():
             raise InputError(
-                f"{named} already holds a run; name another --out_dir, or --resume it with its own options"
+                f"{named} already holds a run; name another --out_dir. (--resume goes on with an unfinished run of the "
+                "same options, data and precision.)"
             )
         counter = 1
         while True:
@@ -88,12 +105,15 @@ class Run:
                 self.folder = parent / f"{name}-{counter}"
         write_json(self.folder / "config.json", {"options": self.options, **facts})
 
-    def _unfinished(self, folder: Path) -> bool:
+    def _unfinished(self, folder: Path, facts: dict) -> bool:
+        """Whether the folder's run has no summary yet, and the same options, data and precision."""
+        wanted = json.loads(json.dumps({"options": self.options, **facts}))
         try:
-            known = json.loads((folder / "config.json").read_text(encoding="utf-8"))["options"]
-        except (OSError, ValueError, KeyError, TypeError):
+            known = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            same = all(known.get(key) == wanted.get(key) for key in ("options", "data_sha256", "device_type", "dtype"))
+        except (OSError, ValueError, AttributeError):
             return False
-        return known == json.loads(json.dumps(self.options)) and not (folder / "summary.json").exists()
+        return same and not (folder / "summary.json").exists()
 
     @property
     def best(self) -> Path:
@@ -104,9 +124,8 @@ class Run:
         return self.folder / "resume" / "state.pt"
 
     def save_state(self, state: dict) -> None:
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_bytes(self.state_path, buffer.getbuffer())
+        with replacing_file(self.state_path) as file:
+            torch.save(state, file)
 
     def load_state(self) -> dict | None:
         """The state that save_state wrote, or None; raises InputError for a file that is not one."""
@@ -137,10 +156,11 @@ def facts(device: torch.device, dtype: torch.dtype, files: list[Path]) -> dict:
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "commit": commit.stdout.strip() or None if commit else None,
+        "device_type": device.type,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
-        "data_sha256": {Path(path).name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files},
+        "data_sha256": {str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files},
     }
 
 
@@ -165,11 +185,11 @@ def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
     }
 
 
-def summary(progress, device: torch.device) -> dict:
+def summary(progress) -> dict:
     """The part of summary.json that every task shares, from a run's Progress; times are of training alone."""
     rows = progress.rows
-    memory = peak_memory_gb(device)
-    shared = {"epochs": len(rows), "best_epoch": progress.best_epoch, "peak_memory_gb": memory and round(memory, 3)}
+    peaks = [row["peak_memory_gb"] for row in rows if row["peak_memory_gb"] is not None]
+    shared = {"epochs": len(rows), "best_epoch": progress.best_epoch, "peak_memory_gb": max(peaks, default=None)}
     if rows:
         seconds = sum(row["seconds"] for row in rows)
         shared |= {

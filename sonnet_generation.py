@@ -20,7 +20,6 @@ from config import (
     from_options,
 )
 
-DATA = ROOT / "data"
 REPORT = {"model_size": "gpt2", "epochs": 10, "batch_size": 8, "patience": 3, "temperature": 1.2, "top_p": 0.9}
 REPORT_LEARNING_RATES = {"full": 1e-5, "lora": 1e-4}
 
@@ -32,8 +31,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     task.add_argument("--use_lora", action="store_true", help="train LoRA's low-rank matrices instead of all weights")
     task.add_argument("--preset", choices=["report"], help="report: the settings of the report this code replaces")
     for name, split in (("sonnet_path", "train"), ("dev_sonnet_path", "dev"), ("held_out_sonnet_path", "test")):
-        path = f"data/Shakespeare_Sonnets_{split}.csv"
-        task.add_argument(f"--{name}", default=path, metavar="FILE", help=f"{split} sonnets: .csv, or numbered text")
+        path = str(ROOT / "data" / f"Shakespeare_Sonnets_{split}.csv")
+        about = f"{split} sonnets, .csv or numbered text, instead of the embedded ones"
+        task.add_argument(f"--{name}", default=path, metavar="FILE", help=about)
     add_options(parser, TrainConfig, "training", lr=None, patience=3)
     task.add_argument("--use_gpu", action="store_true", help="insist on CUDA")
     add_options(parser, LoRAConfig, "LoRA (with --use_lora)", prefix="lora_")
@@ -97,6 +97,10 @@ def main(options: argparse.Namespace) -> None:
         return
 
     sonnets, dev = read_sonnets(options.sonnet_path), read_sonnets(options.dev_sonnet_path)
+    if not all(sonnet.continuation for sonnet in dev):
+        raise InputError(
+            f"{options.dev_sonnet_path}: a dev sonnet ends within the lines that are given; name whole ones"
+        )
     model = SonnetGPT(GPT2Model.from_pretrained(options.model_size))
     if options.use_lora:
         apply_lora(model, lora_config)
@@ -119,7 +123,7 @@ def main(options: argparse.Namespace) -> None:
     if seen := sum(sonnet.text in known for sonnet in [*dev, *held_out]):
         print(f"note: {seen} dev or test sonnets are in the training file too: their losses say nothing about new text")
 
-    def figures(dataset: SonnetsDataset | None, split: str) -> dict[str, float]:
+    def figures(model: SonnetGPT, dataset: SonnetsDataset | None, split: str) -> dict[str, float]:
         if dataset is None:
             return {}
         with precision(device, dtype):
@@ -130,24 +134,25 @@ def main(options: argparse.Namespace) -> None:
         saved = "goes on with" if run.state_path.exists() else "finds nothing saved and starts from the beginning in"
         print(f"--resume {saved} {run.folder}")
 
-    base = figures(dev_set, "dev") | figures(test_set, "test")
+    base = figures(model, dev_set, "dev") | figures(model, test_set, "test")
     if options.use_lora and dtype != torch.float32:
         hold_frozen(model, dtype)
     task = Task(
         batches=lambda epoch: bucketed_batches(train_set.lengths, config.batch_size, config.seed, epoch),
         collate=train_set.collate,
         loss=lambda model, batch: (model.loss(batch["input_ids"], batch["labels"]), train_set.targets(batch)),
-        evaluate=lambda model: figures(dev_set, "dev"),
+        evaluate=lambda model: figures(model, dev_set, "dev"),
         save=lambda model, folder: (save_adapter if options.use_lora else GPT2Model.save_pretrained)(model.gpt, folder),
     )
     progress = train(model, task, config, run, device, dtype)
 
     # the best epoch's weights, or LoRA's base in float32 with its best adapter
+    del model  # and its gradients
     trained = options.model_size if options.use_lora or not progress.rows else run.best
     model = SonnetGPT(GPT2Model.from_pretrained(trained)).to(device)
     if options.use_lora and progress.rows:
         load_adapter(model, run.best)
-    tuned = figures(dev_set, "dev") | figures(test_set, "test")
+    tuned = figures(model, dev_set, "dev") | figures(model, test_set, "test")
     merge_lora(model)
     texts = model.generate(prompts, **sampling)
     form = sonnet_figures(model.generate([sonnet.prompt for sonnet in dev], max_lines=None, **sampling), dev, sonnets)
@@ -158,7 +163,7 @@ def main(options: argparse.Namespace) -> None:
         draw_curves(run.folder / "curves.png", progress.rows, base["dev_loss"], f"{options.model_size}, {method}")
     write_json(run.folder / "summary.json", {
         "task": "sonnets", "model": options.model_size, "method": options.method, "seed": config.seed, **counts,
-        **summary(progress, device), **{f"base_{name}": value for name, value in base.items()}, **tuned, **form,
+        **summary(progress), **{f"base_{name}": value for name, value in base.items()}, **tuned, **form,
     })  # fmt: skip
     print(f"\n{preview(held_out, texts)}\n\n{comparison(base, tuned, form)}\n")
     print(f"sonnets: {options.sonnet_out}\ncurves, metrics, best model, summary: {run.folder}")

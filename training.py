@@ -56,6 +56,8 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     progress = _restore(run, parameters, optimizer, scaler, device)
     run.write_metrics(progress.rows)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     steps = len(task.batches(0))
     with tqdm(total=config.epochs * steps, unit="step", disable=None, leave=False) as bar, _signals() as stop:
         bar.update(progress.epoch * steps + progress.step)
@@ -75,14 +77,14 @@ def train(
                     loss, items = task.loss(model, batch)
                 value = loss.item()
                 if not math.isfinite(value):
-                    raise FloatingPointError(
-                        f"the loss is {value} at epoch {progress.epoch + 1}, step {progress.step + 1}, rows "
-                        f"{batches[progress.step]}; try a smaller --lr, --max_grad_norm 1 or --dtype float32"
-                    )
+                    raise _not_finite("loss", value, progress, batches[progress.step])
                 scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+                if not (norm.isfinite() or scaler.is_enabled()):  # float16's scaler skips such a step and goes on
+                    raise _not_finite("gradient's norm", norm.item(), progress, batches[progress.step])
                 if config.max_grad_norm:
-                    scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                    nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
                 scaler.step(optimizer)
                 scaler.update()
                 progress.step += 1
@@ -94,14 +96,27 @@ def train(
                 bar.set_postfix(loss=f"{value:.3f}", refresh=False)
                 if stop or (config.checkpoint_every and (done + 1) % config.checkpoint_every == 0):
                     _save(run, progress, parameters, optimizer, scaler, device)
-                if stop:
-                    name = signal.Signals(stop[0]).name
-                    raise Interrupted(f"stopped by {name} after a step, saved in {run.folder}", stop[0])
+                _raise_if_stopped(stop, run)
             _end_epoch(model, task, run, progress, optimizer.param_groups[0]["lr"], device)
             _save(run, progress, parameters, optimizer, scaler, device)
             run.write_metrics(progress.rows)
             tqdm.write(describe(progress.rows[-1], config.epochs, progress.best_epoch))
+            _raise_if_stopped(stop, run)
+    if progress.epoch < config.epochs:
+        print(f"stopped early: no better {task.metric.replace('_', ' ')} in {config.patience} epochs")
     return progress
+
+
+def _not_finite(what: str, value: float, progress: Progress, rows: list) -> FloatingPointError:
+    place = f"epoch {progress.epoch + 1}, step {progress.step + 1}, rows {rows}"
+    return FloatingPointError(
+        f"the {what} is {value} at {place}; try a smaller --lr, --max_grad_norm 1 or --dtype float32"
+    )
+
+
+def _raise_if_stopped(stop: list[int], run: Run) -> None:
+    if stop:
+        raise Interrupted(f"stopped by {signal.Signals(stop[0]).name}, saved in {run.folder}", stop[0])
 
 
 def precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -111,6 +126,7 @@ def precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 def _end_epoch(model, task: Task, run: Run, progress: Progress, rate: float, device: torch.device) -> None:
     """Evaluate, keep the model if it is the best so far, and add the epoch's row."""
+    memory = peak_memory_gb(device)  # of training; evaluation and saving come after
     model.eval()
     with torch.no_grad():
         figures = task.evaluate(model)
@@ -122,7 +138,6 @@ def _end_epoch(model, task: Task, run: Run, progress: Progress, rate: float, dev
         progress.best, progress.best_epoch = score, progress.epoch
         with replacing_folder(run.best) as folder:
             task.save(model, folder)
-    memory = peak_memory_gb(device)
     progress.rows.append({
         "epoch": progress.epoch, "train_loss": progress.loss_sum / progress.items, **figures, "learning_rate": rate,
         "seconds": round(progress.seconds, 3), "tokens_per_second": round(progress.tokens / progress.seconds, 1),
@@ -175,7 +190,7 @@ def _restore(run: Run, parameters, optimizer, scaler, device) -> Progress:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
-        if device.type == "cuda":
+        if state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], device)
         return Progress(**state["progress"])
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
@@ -201,6 +216,8 @@ def _signals():
 
 def choose_device(name: str, use_gpu: bool = False) -> torch.device:
     """`auto` is CUDA where there is one; raises InputError for a device that is not there."""
+    if use_gpu and name == "cpu":
+        raise InputError("--use_gpu and --device cpu contradict each other; leave one out")
     if use_gpu and name == "auto":
         name = "cuda"
     if name == "auto":

@@ -14,12 +14,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from config import PRESETS, ROOT, GPT2Config, TrainConfig
+from config import PRESETS, ROOT, GPT2Config, InputError, TrainConfig, exit_cleanly
 from datasets import SonnetsDataset, read_sonnets
 from evaluation import language_model_figures
 from models.gpt2 import GPT2Model
 from models.sonnet_gpt import SonnetGPT
-from runs import Run, facts
+from runs import Run, facts, write_bytes
 from training import Task, choose_device, choose_dtype, train
 
 CORPUS, BASE = ROOT / "data" / "cache" / "corpus", ROOT / "data" / "tiny-gpt2"
@@ -80,7 +80,10 @@ def main() -> None:
 
     config = TrainConfig(epochs=options.epochs, lr=options.lr, schedule="cosine", warmup=0.02,
                          max_grad_norm=1.0, weight_decay=0.1)  # fmt: skip
-    device, dtype = choose_device("auto"), choose_dtype("auto", torch.device("cpu"))
+    if not (CORPUS / "shakespeare.npy").is_file():
+        raise InputError(f"{CORPUS} holds no tokens; data/README.md lists the commands that make them")
+    device = choose_device("auto")
+    dtype = choose_dtype("auto", device)
     run = Run("pretrain", "tiny", vars(options), facts(device, dtype, [CORPUS / f"{name}.npy" for name in SHARES]))
     torch.manual_seed(config.seed)
     shape: GPT2Config = PRESETS["tiny"]
@@ -109,10 +112,11 @@ def main() -> None:
     print(f"pretraining tiny ({sum(p.numel() for p in model.parameters()):,} parameters) in {run.folder}, {dtype}")
     progress = train(model, task, config, run, device, dtype)
     for name in ("config.json", "model.safetensors"):
-        (BASE / name).write_bytes((run.best / name).read_bytes())
+        write_bytes(BASE / name, (run.best / name).read_bytes())
     print(json.dumps(progress.rows[progress.best_epoch - 1], indent=2))
     print(f"the base of epoch {progress.best_epoch} is in {BASE}")
 
 
 if __name__ == "__main__":
-    main()
+    with exit_cleanly():
+        main()

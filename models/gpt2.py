@@ -93,7 +93,8 @@ class GPT2Model(nn.Module):
     @property
     def end_of_text(self) -> int:
         """The id of the token that ends a text: the last of GPT-2's vocabulary where no tokenizer says otherwise."""
-        return self.tokenizer.token_to_id(END_OF_TEXT) if self.folder else self.config.vocab_size - 1
+        has_tokenizer = self.folder and any((self.folder / name).is_file() for name in TOKENIZER_FILES)
+        return self.tokenizer.token_to_id(END_OF_TEXT) if has_tokenizer else self.config.vocab_size - 1
 
     @classmethod
     def from_pretrained(cls, model: str | Path = "tiny", **expected: int) -> "GPT2Model":

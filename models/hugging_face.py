@@ -109,8 +109,8 @@ def find_model(model: str | Path) -> Path:
         return Path(snapshot_download(str(model), allow_patterns=list(FILES), etag_timeout=10))
     except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
         raise InputError(
-            f"{model} is not in the local cache and the hub can't be reached ({type(error).__name__}). Use "
-            "--model_size tiny, or the path of a folder that holds the model, or set HF_HOME to a cache that has it"
+            f"{model} is not in the local cache and can't be downloaded ({type(error).__name__}). Use --model_size "
+            "tiny, or the path of a folder that holds the model, or set HF_HOME to a cache that has it"
         ) from error
 
 
@@ -169,6 +169,8 @@ def load_tokenizer(folder: Path | None):
         raise
     except Exception as error:  # the library raises bare Exception for a malformed file
         raise InputError(f"{folder}: the tokenizer's files can't be read ({error})") from error
+    tokenizer.no_padding()  # a file may hold settings of whoever saved it; ours are the collator's
+    tokenizer.no_truncation()
     if tokenizer.token_to_id(END_OF_TEXT) is None:
         raise InputError(f"{folder}: the tokenizer lacks the token {END_OF_TEXT}")
     return tokenizer

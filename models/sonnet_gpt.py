@@ -40,9 +40,12 @@ class SonnetGPT(nn.Module):
         """Continue all prompts as one batch; returns each prompt, unchanged, with its continuation.
 
         A row ends at end-of-text, once it has `max_lines` lines (None: any number), after `max_new_tokens`, or where
-        the model's positions end. The seed fixes the draws. Raises InputError for settings out of range.
+        the model's positions end, counted from the longest prompt. The seed fixes the draws. Raises InputError for
+        settings out of range, an empty prompt, and one that fills all positions.
         """
         check_sampling(temperature, top_p, top_k, max_new_tokens)
+        if not prompts:
+            return []
         gpt, tokenizer = self.gpt.eval(), self.gpt.tokenizer
         ids = [tokenizer.encode(prompt).ids for prompt in prompts]
         if not all(ids):
@@ -108,7 +111,8 @@ def sample(logits: Tensor, draws: Tensor, temperature: float, top_p: float, top_
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities, tokens = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: no temperature overflows
+    probabilities, tokens = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
     if top_k:
         probabilities = probabilities[:, :top_k] / probabilities[:, :top_k].sum(-1, keepdim=True)
     before = probabilities.cumsum(-1) - probabilities  # the mass of likelier tokens: 0 for the first, always kept

@@ -15,7 +15,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         kind = hidden.device.type
         compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        head = weight.to(compute)
+        # in float16 most of a slope over the vocabulary would round to 0 before the gradient scaler can act
+        wide = torch.float32 if compute == torch.float16 else compute
+        head, wide_head = weight.to(compute), weight.to(wide)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight) if want_weight else None
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
@@ -31,11 +33,11 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 if want_hidden or want_weight:
                     # d loss / d logits = softmax(logits) - one_hot(label)
                     slope = odds.div_(partition)
-                    slope = slope.scatter_add_(1, targets, slope.new_full(targets.shape, -1.0)).to(compute)
+                    slope = slope.scatter_add_(1, targets, slope.new_full(targets.shape, -1.0)).to(wide)
                 if want_hidden:
-                    grad_hidden[start : start + chunk] = slope @ head
+                    grad_hidden[start : start + chunk] = slope @ wide_head
                 if want_weight:
-                    grad_weight += slope.T @ rows
+                    grad_weight += slope.T @ rows.to(wide)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
@@ -51,4 +53,6 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = C
     Labels of -100 are left out before any product; all -100 gives 0. Equal to F.cross_entropy on the whole logits.
     """
     real = labels != -100
+    if not torch.is_grad_enabled():  # needs_input_grad does not know of no_grad
+        hidden, weight = hidden.detach(), weight.detach()
     return _SummedCrossEntropy.apply(hidden[real], weight, labels[real], chunk) / real.sum().clamp(min=1)

@@ -68,7 +68,7 @@ def test_the_hub_out_of_reach_names_the_ways_out(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     code, _, err = finish(start("--model_size=gpt2", f"--out_dir={tmp_path / 'run'}"))
     assert code == 2
-    assert "--model_size tiny" in err
+    assert "tiny" in err
     assert "HF_HOME" in err
     assert "Traceback" not in err
 

@@ -1,0 +1,109 @@
+"""A question to a table: runs of a task script over options and seeds, gathered in results/NAME.csv and NAME.md.
+
+    python experiments.py sonnets              # base, full fine-tuning and LoRA, three seeds
+    python experiments.py learning_rate        # the sweep behind the default learning rates
+
+Runs are kept in runs/experiments: an interrupted table goes on where it stopped.
+"""
+
+import argparse
+import csv
+import io
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+
+from config import ROOT, InputError, exit_cleanly
+
+COLUMNS = ("dev_loss", "test_loss", "test_bits_per_character", "best_epoch", "seconds_per_epoch", "peak_memory_gb")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A task script, the options of each row of the table, and the seeds."""
+
+    script: str
+    rows: dict[str, list[str]]
+    seeds: tuple[int, ...]
+
+
+EXPERIMENTS = {
+    "sonnets": Experiment(
+        "sonnet_generation.py", {"full fine-tuning": [], "LoRA, rank 4": ["--use_lora"]}, seeds=(11711, 11712, 11713)
+    ),
+    "learning_rate": Experiment(
+        "sonnet_generation.py",
+        {f"full fine-tuning, {rate}": ["--lr", rate] for rate in ("1e-4", "2e-4", "4e-4", "8e-4")}
+        | {f"LoRA, {rate}": ["--use_lora", "--lr", rate] for rate in ("1e-3", "2e-3", "4e-3", "8e-3")},
+        seeds=(1,),
+    ),
+}
+
+
+def summaries(name: str) -> dict[str, list[dict]]:
+    """Every row's summaries, a seed each; runs what is not there yet. Raises InputError for a run that failed."""
+    from tqdm import tqdm
+
+    from runs import write_text
+
+    experiment = EXPERIMENTS[name]
+    todo = [(row, seed) for row in experiment.rows for seed in experiment.seeds]
+    found = {row: [] for row in experiment.rows}
+    for row, seed in tqdm(todo, name, unit="run", disable=None):
+        folder = ROOT / "runs" / "experiments" / name / f"{row.replace(', ', '-').replace(' ', '_')}-seed{seed}"
+        if not (folder / "summary.json").exists():
+            command = [sys.executable, str(ROOT / experiment.script), *experiment.rows[row], "--seed", str(seed),
+                       "--out_dir", str(folder), "--sonnet_out", str(folder / "sonnets.txt"), "--resume"]  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=ROOT, check=False)
+            if done.returncode:
+                raise InputError(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
+            write_text(folder / "output.txt", done.stdout)
+        found[row].append(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+    return found
+
+
+def as_csv(found: dict[str, list[dict]]) -> str:
+    """A line a run, every figure of its summary."""
+    names = list(dict.fromkeys(key for runs in found.values() for run in runs for key in run))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, ["row", *names], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({"row": row, **run} for row, runs in found.items() for run in runs)
+    return buffer.getvalue()
+
+
+def as_markdown(found: dict[str, list[dict]]) -> str:
+    """A line a row: the mean over seeds, and the standard deviation where there are several."""
+    lines = [f"| | {' | '.join(name.replace('_', ' ') for name in COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    base = next(iter(found.values()))[0]
+    figures = [f"{base[f'base_{name}']:.3f}" if f"base_{name}" in base else "" for name in COLUMNS]
+    lines.append(f"| base, not tuned | {' | '.join(figures)} |")
+    for row, runs in found.items():
+        cells = []
+        for name in COLUMNS:
+            values = [run[name] for run in runs if run.get(name) is not None]
+            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "")
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    count = len(next(iter(found.values())))
+    over = "One seed" if count == 1 else f"Mean ± standard deviation over {count} seeds"
+    return "\n".join(lines) + f"\n\n{over}. Losses are nats a token; seconds and memory are of training alone.\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=EXPERIMENTS)
+    name = parser.parse_args().name
+    from runs import write_text
+
+    found = summaries(name)
+    write_text(ROOT / "results" / f"{name}.csv", as_csv(found))
+    write_text(ROOT / "results" / f"{name}.md", as_markdown(found))
+    print(as_markdown(found))
+
+
+if __name__ == "__main__":
+    with exit_cleanly():
+        main()
