@@ -10,9 +10,11 @@ import argparse
 import csv
 import io
 import json
+import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from config import ROOT, InputError, exit_cleanly
@@ -35,32 +37,42 @@ EXPERIMENTS = {
     ),
     "learning_rate": Experiment(
         "sonnet_generation.py",
-        {f"full fine-tuning, {rate}": ["--lr", rate] for rate in ("1e-4", "2e-4", "4e-4", "8e-4")}
-        | {f"LoRA, {rate}": ["--use_lora", "--lr", rate] for rate in ("1e-3", "2e-3", "4e-3", "8e-3")},
+        {f"full fine-tuning, {rate}": ["--lr", rate] for rate in ("5e-5", "1e-4", "2e-4")}
+        | {f"LoRA, {rate}": ["--use_lora", "--lr", rate] for rate in ("5e-4", "1e-3", "2e-3")},
         seeds=(1,),
     ),
 }
 
 
-def summaries(name: str) -> dict[str, list[dict]]:
-    """Every row's summaries, a seed each; runs what is not there yet. Raises InputError for a run that failed."""
-    from tqdm import tqdm
-
+def summary_of(name: str, row: str, seed: int, jobs: int) -> dict:
+    """One run's summary; runs it unless it is there already. Raises InputError for a run that failed."""
     from runs import write_text
 
     experiment = EXPERIMENTS[name]
-    todo = [(row, seed) for row in experiment.rows for seed in experiment.seeds]
-    found = {row: [] for row in experiment.rows}
-    for row, seed in tqdm(todo, name, unit="run", disable=None):
-        folder = ROOT / "runs" / "experiments" / name / f"{row.replace(', ', '-').replace(' ', '_')}-seed{seed}"
-        if not (folder / "summary.json").exists():
-            command = [sys.executable, str(ROOT / experiment.script), *experiment.rows[row], "--seed", str(seed),
-                       "--out_dir", str(folder), "--sonnet_out", str(folder / "sonnets.txt"), "--resume"]  # fmt: skip
-            done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=ROOT, check=False)
-            if done.returncode:
-                raise InputError(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
-            write_text(folder / "output.txt", done.stdout)
-        found[row].append(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+    folder = ROOT / "runs" / "experiments" / name / f"{row.replace(', ', '-').replace(' ', '_')}-seed{seed}"
+    if not (folder / "summary.json").exists():
+        command = [sys.executable, str(ROOT / experiment.script), *experiment.rows[row], "--seed", str(seed),
+                   "--out_dir", str(folder), "--sonnet_out", str(folder / "sonnets.txt"), "--resume"]  # fmt: skip
+        threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} if jobs > 1 else {}
+        done = subprocess.run(
+            command, capture_output=True, text=True, encoding="utf-8", cwd=ROOT, env=os.environ | threads, check=False
+        )
+        if done.returncode:
+            raise InputError(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
+        write_text(folder / "output.txt", done.stdout)
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+
+def summaries(name: str, jobs: int) -> dict[str, list[dict]]:
+    """Every row's summaries, a seed each, `jobs` runs at a time."""
+    from tqdm import tqdm
+
+    todo = [(row, seed) for row in EXPERIMENTS[name].rows for seed in EXPERIMENTS[name].seeds]
+    found = {row: [] for row, _ in todo}
+    with ThreadPoolExecutor(jobs) as pool:
+        done = pool.map(lambda run: summary_of(name, *run, jobs), todo)
+        for (row, _), summary in zip(todo, tqdm(done, name, len(todo), unit="run", disable=None), strict=True):
+            found[row].append(summary)
     return found
 
 
@@ -95,10 +107,14 @@ def as_markdown(found: dict[str, list[dict]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=EXPERIMENTS)
-    name = parser.parse_args().name
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; seconds mean something with 1 only")
+    options = parser.parse_args()
+    if options.jobs < 1:
+        raise InputError(f"--jobs must be at least 1, not {options.jobs}")
+    name = options.name
     from runs import write_text
 
-    found = summaries(name)
+    found = summaries(name, options.jobs)
     write_text(ROOT / "results" / f"{name}.csv", as_csv(found))
     write_text(ROOT / "results" / f"{name}.md", as_markdown(found))
     print(as_markdown(found))

@@ -4,7 +4,6 @@ python data/pretrain.py             # about 30 million tokens; --resume goes on 
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from config import PRESETS, ROOT, GPT2Config, InputError, TrainConfig, exit_cleanly
+from config import PRESETS, ROOT, InputError, TrainConfig, exit_cleanly
 from datasets import SonnetsDataset, read_sonnets
 from evaluation import language_model_figures
 from models.gpt2 import GPT2Model
@@ -86,8 +85,7 @@ def main() -> None:
     dtype = choose_dtype("auto", device)
     run = Run("pretrain", "tiny", vars(options), facts(device, dtype, [CORPUS / f"{name}.npy" for name in SHARES]))
     torch.manual_seed(config.seed)
-    shape: GPT2Config = PRESETS["tiny"]
-    gpt = GPT2Model(dataclasses.replace(shape, dropout=0.0))  # a corpus seen a few times needs none
+    gpt = GPT2Model(PRESETS["tiny"])
     gpt.initialise()
     gpt.folder = BASE  # the tokenizer
     model = SonnetGPT(gpt).to(device)
@@ -102,9 +100,7 @@ def main() -> None:
                 "sonnets_bits_per_character": bits}  # fmt: skip
 
     def save(model: SonnetGPT, folder: Path) -> None:
-        trained, model.gpt.config = model.gpt.config, shape  # users fine-tune with GPT-2's dropout
         model.gpt.save_pretrained(folder, dtype=torch.float16)
-        model.gpt.config = trained
 
     task = Task(windows.batches, windows.collate,
                 lambda model, batch: (model.loss(batch["input_ids"], batch["labels"]), batch["labels"].numel()),
