@@ -153,7 +153,7 @@ class TrainConfig:
 
 # AdamW's learning rates. For tiny, the best on dev of the sweep in data/README.md. For the GPT-2 sizes, from papers
 # and untested here: Li and Liang 2021 (arXiv 2101.00190) for all weights, Hu et al. 2021 (table 11) for LoRA.
-LEARNING_RATES = {"tiny": {"full": 3e-4, "lora": 3e-3}, "gpt2": {"full": 5e-5, "lora": 2e-4}}
+LEARNING_RATES = {"tiny": {"full": 1e-4, "lora": 1e-3}, "gpt2": {"full": 5e-5, "lora": 2e-4}}
 
 
 def default_learning_rate(model: str, method: str) -> float:

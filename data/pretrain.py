@@ -109,6 +109,7 @@ def main() -> None:
     progress = train(model, task, config, run, device, dtype)
     for name in ("config.json", "model.safetensors"):
         write_bytes(BASE / name, (run.best / name).read_bytes())
+    write_bytes(BASE / "pretraining.csv", (run.folder / "metrics.csv").read_bytes())
     print(json.dumps(progress.rows[progress.best_epoch - 1], indent=2))
     print(f"the base of epoch {progress.best_epoch} is in {BASE}")
 
