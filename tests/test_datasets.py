@@ -101,8 +101,8 @@ def test_a_broken_file_is_named(tmp_path, kind):
 
 @pytest.mark.parametrize("name", ["absent.csv", "."])
 def test_a_file_that_is_not_there_is_named(tmp_path, name):
-    """The message must also say what makes the file."""
-    with pytest.raises(InputError, match=r"can't be read.*build_sonnets"):
+    """The message must also say what to use instead."""
+    with pytest.raises(InputError, match=r"can't be read.*embedded sonnets"):
         read_sonnets(tmp_path / name)
 
 
