@@ -26,7 +26,7 @@ PROMPT = "Shall I compare thee to a summer's day?\nThou art more lovely and more
 
 
 def show(label: str, value: float | bool | str) -> None:
-    print(f"  {label:<42}{value:.1e}" if isinstance(value, float) else f"  {label:<42}{value}", flush=True)
+    print(f"  {label:<44}{value:.1e}" if isinstance(value, float) else f"  {label:<44}{value}", flush=True)
 
 
 def largest(one: torch.Tensor, other: torch.Tensor) -> float:
