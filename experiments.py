@@ -3,7 +3,8 @@
     python experiments.py sonnets              # base, full fine-tuning and LoRA, three seeds
     python experiments.py learning_rate        # the sweep behind the default learning rates
 
-Runs are kept in runs/experiments: an interrupted table goes on where it stopped.
+Runs are kept in runs/experiments, so an interrupted table goes on where it stopped. They are found by row and seed:
+after a change of code or defaults, delete runs/experiments/NAME to run them anew.
 """
 
 import argparse

@@ -211,7 +211,7 @@ def draw_curves(path: Path, rows: list[dict], base_loss: float, title: str) -> N
     axes = figure.subplots()
     epochs = [row["epoch"] for row in rows]
     axes.axhline(base_loss, color="0.5", linestyle=":", label="base, dev")
-    axes.plot(epochs, [row["train_loss"] for row in rows], color="#0072b2", marker="o", label="train (with dropout)")
+    axes.plot(epochs, [row["train_loss"] for row in rows], color="#0072b2", marker="o", label="train")
     axes.plot(epochs, [row["dev_loss"] for row in rows], color="#d55e00", marker="s", label="dev")
     axes.set(xlabel="epoch", ylabel="loss (nats a token)", title=title)
     axes.xaxis.get_major_locator().set_params(integer=True)

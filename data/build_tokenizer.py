@@ -95,16 +95,14 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def write_tokens(tokenizer: Tokenizer, name: str) -> None:
-    """Write NAME.npy, documents each ended by the end-of-text token in an order shuffled once, and their starts."""
+    """Write NAME.npy, documents each ended by the end-of-text token in an order shuffled once."""
     documents = [text for _, text in texts(name)]
     order = np.random.default_rng(SEED).permutation(len(documents))
     end = tokenizer.token_to_id(END)
     encoded = tokenizer.encode_batch_fast([documents[i] for i in order], add_special_tokens=False)
     runs = [[*encoding.ids, end] for encoding in encoded]
-    starts = np.concatenate([[0], np.cumsum([len(run) for run in runs])[:-1]])
     tokens = np.concatenate([np.array(run, dtype=np.uint16) for run in runs])
     save_array(CORPUS / f"{name}.npy", tokens)
-    save_array(CORPUS / f"{name}_starts.npy", starts.astype(np.int64))
     characters = sum(map(len, documents))
     rate = characters / len(tokens)
     print(f"{name:15} {len(documents):7,} documents {len(tokens):11,} tokens {rate:.3f} characters a token")
