@@ -151,13 +151,13 @@ class TrainConfig:
             raise InputError(f"--seed must be below 2**63, not {self.seed}")
 
 
-# AdamW's learning rates. For tiny, the best on dev of the sweep in data/README.md. For the GPT-2 sizes, from papers
+# AdamW's learning rates. For tiny, the best on dev of the sweeps in data/README.md. For the GPT-2 sizes, from papers
 # and untested here: Li and Liang 2021 (arXiv 2101.00190) for all weights, Hu et al. 2021 (table 11) for LoRA.
-LEARNING_RATES = {"tiny": {"full": 1e-4, "lora": 1e-3}, "gpt2": {"full": 5e-5, "lora": 2e-4}}
-
-
-def default_learning_rate(model: str, method: str) -> float:
-    return LEARNING_RATES.get(model, LEARNING_RATES["gpt2"])[method]
+_GPT2_RATES = {"full": 5e-5, "lora": 2e-4}
+LEARNING_RATES = {
+    "sonnets": {"tiny": {"full": 1e-4, "lora": 1e-3}, "report": {"full": 1e-5, "lora": 1e-4}},
+    "paraphrases": {"tiny": {"full": 5e-4, "lora": 1e-3}, "report": {"full": 1e-5, "lora": 1e-4}},
+}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -183,6 +183,33 @@ def add_options(parser: argparse.ArgumentParser, config_class, title: str, prefi
             metavar=None if entry.metadata.get("choices") and not many else "NAME" if many else "N",
             help=entry.metadata["help"],
         )
+
+
+def shared_options(parser: argparse.ArgumentParser, task: str, **train_defaults) -> tuple:
+    """Add the options of every task script; returns the groups of what is trained and of files, for the task's own."""
+    what = parser.add_argument_group("what to train, on what")
+    what.add_argument("--model_size", default="tiny", metavar="NAME", help=f"{', '.join(PRESETS)}, or a model's folder")
+    what.add_argument("--use_lora", action="store_true", help="train LoRA's low-rank matrices instead of all weights")
+    what.add_argument("--use_gpu", action="store_true", help="insist on CUDA")
+    what.add_argument("--preset", choices=["report"], help="report: the settings of the report this code replaces")
+    add_options(parser, TrainConfig, "training", lr=None, **train_defaults)
+    add_options(parser, LoRAConfig, "LoRA (with --use_lora)", prefix="lora_")
+    files = parser.add_argument_group("files")
+    files.add_argument("--out_dir", metavar="DIR", help=f"the run's folder, instead of one in runs/{task}")
+    files.add_argument("--resume", action="store_true", help="go on with the newest unfinished run of these options")
+    return what, files
+
+
+def parse(parser: argparse.ArgumentParser, arguments: list[str] | None, task: str, report: dict) -> argparse.Namespace:
+    """Parse a task script's options; `method` and, where it was not given, `lr` follow from the others."""
+    if parser.parse_known_args(arguments)[0].preset == "report":
+        parser.set_defaults(**report)
+    options = parser.parse_args(arguments)
+    options.method = "lora" if options.use_lora else "full"
+    if options.lr is None:
+        rates = LEARNING_RATES[task].get("report" if options.preset else options.model_size, _GPT2_RATES)
+        options.lr = rates[options.method]
+    return options
 
 
 def from_options(config_class, options: argparse.Namespace, prefix: str = ""):

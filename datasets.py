@@ -3,11 +3,16 @@
 import csv
 import io
 import re
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from config import InputError
 
@@ -139,6 +144,176 @@ class SonnetsDataset:
         """All batches in file order, for evaluation."""
         rows = range(len(self.sequences))
         return [self.collate(list(rows[start : start + batch_size])) for start in rows[::batch_size]]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two texts, whether they say the same (1, 0, or None where nobody says), and the line of the file they end in."""
+
+    line: int
+    id: str
+    sentence1: str
+    sentence2: str
+    label: int | None
+
+
+def read_pairs(path: str | Path, way_out: str, dropped: list[int]) -> Iterator[Pair]:
+    """The pairs of a tab-separated file with the columns id, sentence1, sentence2 and, if known, is_duplicate.
+
+    A row without a sentence, or with an empty label, is left out and its line added to `dropped`. Raises InputError,
+    naming file and line, for anything else that is not a pair.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, delimiter="\t")
+            header = next(rows, [])
+            lacking = [name for name in ("id", "sentence1", "sentence2") if name not in header]
+            if lacking:
+                found = ", ".join(header)[:200] or "nothing"
+                raise InputError(f"{path} lacks the column {', '.join(lacking)}; tab-separated, it has {found}")
+            for row in rows:
+                pair = _as_pair(header, row, f"{path}, line {rows.line_num}", rows.line_num) if row else None
+                if pair:
+                    yield pair
+                else:
+                    dropped.append(rows.line_num)
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror}); {way_out}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 (after line {rows.line_num}: {error.reason}); save it so") from error
+    except csv.Error as error:
+        raise InputError(f"{path}, line {rows.line_num}: {error}; is a quote opened and not closed?") from error
+
+
+def _as_pair(header: list[str], row: list[str], place: str, line: int) -> Pair | None:
+    if len(row) > len(header):
+        raise InputError(f"{place}: {len(row)} fields where the header has {len(header)}; put quotes round the text")
+    if any(("\n" in text and "\t" in text) or "\0" in text for text in row):
+        raise InputError(f"{place}: a field holds tabs and line breaks, or NUL bytes; is a quote not closed?")
+    fields = dict(zip(header, map(_unquoted, row), strict=False))
+    label = fields.get("is_duplicate", "")
+    unlabelled = "is_duplicate" in header and not label
+    if unlabelled or not fields.get("sentence1") or not fields.get("sentence2"):
+        return None
+    if label not in ("", "0", "1", "0.0", "1.0"):
+        raise InputError(f"{place}: is_duplicate is {label!r}; write 0 or 1, or leave it empty to drop the row")
+    if not fields["id"]:
+        raise InputError(f"{place}: the id is empty; predictions are written by id")
+    return Pair(line, fields["id"], fields["sentence1"], fields["sentence2"], int(float(label)) if label else None)
+
+
+def _unquoted(text: str) -> str:
+    """The text without the quotes that the course's files have round texts with quotes, once more than CSV needs."""
+    text = text.strip()
+    inner = text[1:-1]
+    if len(text) > 1 and text[0] == text[-1] == '"' and '"' in inner and '"' not in inner.replace('""', ""):
+        return inner.replace('""', '"').strip()
+    return text
+
+
+def prompt(sentence1: str, sentence2: str) -> str:
+    """The one prompt that a pair is read in: in training, on dev and on test."""
+    return f'Question 1: "{sentence1}"\nQuestion 2: "{sentence2}"\nAre these questions asking the same thing?\n'
+
+
+class PairsDataset:
+    """Pairs as token batches. Ids of tokens are kept in one compact array: 400,000 pairs take some 60 MB.
+
+    With `joint` encoding a pair is one text, its prompt; with `separate` it is two, each ended by end of text.
+    """
+
+    def __init__(self, path: str | Path, gpt, pair_encoding: str = "joint", way_out: str = "check the path"):
+        """Tokenize with a GPT2Model's tokenizer; raises InputError as read_pairs does, and for an id that occurs twice.
+
+        A text longer than the model's positions loses the middle of its longer sentence; `shortened` has its line.
+        """
+        self.path, self.way_out, self.gpt, self.joint = path, way_out, gpt, pair_encoding == "joint"
+        self.ids: list[str] = []
+        self.dropped: list[int] = []  # lines of the file without a sentence or a label
+        self.shortened: list[int] = []
+        kind = np.uint16 if gpt.config.vocab_size <= 2**16 else np.int32
+        tokens, lengths, labels = [np.empty(0, kind)], [], []
+        pairs = iter(tqdm(self.read(), f"reading {Path(path).name}", unit="pair", delay=1, leave=False, disable=None))
+        while chunk := list(islice(pairs, 4096)):
+            texts = list(self._encode(chunk))
+            tokens.append(np.fromiter(chain.from_iterable(texts), kind))
+            lengths.append(np.fromiter(map(len, texts), np.int64))
+            self.ids += [pair.id for pair in chunk]
+            labels += [pair.label for pair in chunk]
+        if not self.ids:
+            raise InputError(f"{path} holds no complete pair; {way_out}")
+        name, count = Counter(self.ids).most_common(1)[0]
+        if count > 1:
+            raise InputError(f"{path}: the id {name} occurs {count} times; give each pair an id of its own")
+        self.tokens, self.text_lengths = np.concatenate(tokens), np.concatenate(lengths)
+        self.ends = self.text_lengths.cumsum()
+        self.labels = None if None in labels else torch.tensor(labels)
+
+    def read(self) -> Iterator[Pair]:
+        """The file's pairs once more, in order."""
+        self.dropped.clear()
+        return read_pairs(self.path, self.way_out, self.dropped)
+
+    def _encode(self, pairs: list[Pair]) -> Iterator[list[int]]:
+        """The tokens of every text of these pairs, a text or two a pair."""
+        encode, limit = self.gpt.tokenizer.encode_batch, self.gpt.config.positions
+        if self.joint:
+            texts = [prompt(pair.sentence1, pair.sentence2) for pair in pairs]
+        else:
+            texts = list(chain.from_iterable((pair.sentence1, pair.sentence2) for pair in pairs))
+        for index, encoding in enumerate(encode(texts)):
+            ids = encoding.ids if self.joint else [*encoding.ids, self.gpt.end_of_text]
+            if len(ids) > limit:
+                pair = pairs[index if self.joint else index // 2]
+                self.shortened.append(pair.line)
+                ids = self._shortened(pair, limit) if self.joint else _without_middle(ids, len(ids) - limit)
+            yield ids
+
+    def _shortened(self, pair: Pair, limit: int) -> list[int]:
+        """The prompt's tokens, at most `limit`: the middle of the longer sentence is left out, more until it fits."""
+        tokenizer = self.gpt.tokenizer
+        sentences = [tokenizer.encode(sentence).ids for sentence in (pair.sentence1, pair.sentence2)]
+        while True:
+            # a token cut in two may be half a character
+            ids = tokenizer.encode(prompt(*(tokenizer.decode(s).replace("\ufffd", "") for s in sentences))).ids
+            if len(ids) <= limit:
+                return ids
+            if not any(sentences):
+                raise InputError(f"the prompt alone has {len(ids)} tokens; this model has {limit} positions")
+            longer = max(sentences, key=len)
+            sentences[sentences.index(longer)] = _without_middle(longer, min(len(ids) - limit, len(longer)))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def texts(self, row: int) -> list[Tensor]:
+        """The token ids of a pair: its prompt's, or those of each sentence."""
+        numbers = [row] if self.joint else [2 * row, 2 * row + 1]
+        spans = [(self.ends[number] - self.text_lengths[number], self.ends[number]) for number in numbers]
+        return [torch.from_numpy(self.tokens[start:end].astype(np.int64)) for start, end in spans]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every pair's longest text, which decide how much a batch pads."""
+        return self.text_lengths.reshape(len(self), -1).max(1).tolist()
+
+    def collate(self, rows: list[int]) -> dict[str, Tensor]:
+        """Right-padded `input_ids` and `attention_mask`, (B, T) joint or (B, 2, T) separate; `labels` (B,) if known."""
+        texts = [text for row in rows for text in self.texts(row)]
+        pad = torch.nn.utils.rnn.pad_sequence
+        batch = {
+            "input_ids": pad(texts, batch_first=True),
+            "attention_mask": pad([torch.ones_like(text) for text in texts], batch_first=True),
+        }
+        if not self.joint:
+            batch = {name: value.unflatten(0, (-1, 2)) for name, value in batch.items()}
+        return batch if self.labels is None else {**batch, "labels": self.labels[rows]}
+
+
+def _without_middle(ids: list[int], count: int) -> list[int]:
+    """The ids without `count` in the middle."""
+    start = (len(ids) - count) // 2
+    return ids[:start] + ids[start + count :]
 
 
 def bucketed_batches(lengths: list[int], batch_size: int, seed: int, epoch: int, pool: int = 8) -> list[list[int]]:

@@ -1,14 +1,18 @@
-"""What a model is judged by: loss per token, perplexity and bits a character; chrF and form of what it writes."""
+"""What a model is judged by: loss a token, bits a character, chrF and form of what it writes; accuracy and F1."""
 
 import math
 import random
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
 
-from datasets import GIVEN_LINES, IGNORED, Sonnet
+from datasets import GIVEN_LINES, IGNORED, Pair, PairsDataset, Sonnet
 
 SONNET_LINES = 14
+EVALUATION_BATCH = 32
 
 
 def language_model_figures(model, batches: Iterable[dict]) -> dict[str, float]:
@@ -77,3 +81,52 @@ def sonnet_figures(texts: list[str], sonnets: list[Sonnet], train: list[Sonnet])
 def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
     words = [word.strip(".,;:!?'\"()-") for word in text.lower().split()]
     return list(zip(*(words[start:] for start in range(n)), strict=False))
+
+
+def classify(model, dataset: PairsDataset) -> Tensor:
+    """Logits (N, 2) of a ParaphraseGPT on every pair, in the order of the file and in float32, on the CPU."""
+    device = next(model.parameters()).device
+    order = sorted(range(len(dataset)), key=dataset.lengths.__getitem__)  # like lengths together: little padding
+    logits = torch.empty(len(dataset), 2)
+    model.eval()
+    with torch.no_grad():
+        for start in tqdm(range(0, len(order), EVALUATION_BATCH), "judging", delay=2, leave=False, disable=None):
+            rows = order[start : start + EVALUATION_BATCH]
+            batch = dataset.collate(rows)
+            found = model(batch["input_ids"].to(device), batch["attention_mask"].to(device))
+            logits[rows] = found.float().cpu()
+    return logits
+
+
+def classification_figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """`loss` (nats a pair), `accuracy`, `macro_f1` (the mean of the classes' F1) and the confusion counts."""
+    predicted = logits.argmax(1)
+    counts = {f"{'yes' if gold else 'no'}_judged_{'yes' if guess else 'no'}":
+              int(((labels == gold) & (predicted == guess)).sum()) for gold in (0, 1) for guess in (0, 1)}  # fmt: skip
+    wrong = counts["no_judged_yes"] + counts["yes_judged_no"]
+    right = counts["no_judged_no"], counts["yes_judged_yes"]
+    return {
+        "loss": F.cross_entropy(logits, labels).item(),
+        "accuracy": sum(right) / len(labels),
+        "macro_f1": sum(2 * hits / max(1, 2 * hits + wrong) for hits in right) / 2,
+        **counts,
+    }
+
+
+def word_overlap(pair: Pair) -> float:
+    """Jaccard index of the sets of words of the two texts, 0 to 1."""
+    first, second = (set(text.lower().split()) for text in (pair.sentence1, pair.sentence2))
+    return len(first & second) / len(first | second)
+
+
+def overlap_threshold(pairs: Iterable[Pair]) -> float:
+    """The word overlap from which on yes is right most often in these pairs."""
+    overlaps, labels = torch.tensor([(word_overlap(pair), pair.label) for pair in pairs]).T[..., None]  # (N, 1) each
+    thresholds = torch.linspace(0, 1.02, 52)
+    return thresholds[((overlaps >= thresholds) == labels).sum(0).argmax()].item()
+
+
+def overlap_accuracy(pairs: Iterable[Pair], threshold: float) -> float:
+    """What counting words gets on these pairs, with a threshold found on others."""
+    hits = [(word_overlap(pair) >= threshold) == pair.label for pair in pairs]
+    return sum(hits) / len(hits)

@@ -201,21 +201,3 @@ def summary(progress) -> dict:
             "tokens_per_second": round(sum(row["tokens_per_second"] * row["seconds"] for row in rows) / seconds, 1),
         }
     return shared
-
-
-def draw_curves(path: Path, rows: list[dict], base_loss: float, title: str) -> None:
-    """curves.png: train and dev loss an epoch, and the untrained base's dev loss."""
-    from matplotlib.figure import Figure  # imported here: it takes a second
-
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    epochs = [row["epoch"] for row in rows]
-    axes.axhline(base_loss, color="0.5", linestyle=":", label="base, dev")
-    axes.plot(epochs, [row["train_loss"] for row in rows], color="#0072b2", marker="o", label="train")
-    axes.plot(epochs, [row["dev_loss"] for row in rows], color="#d55e00", marker="s", label="dev")
-    axes.set(xlabel="epoch", ylabel="loss (nats a token)", title=title)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    write_bytes(path, buffer.getvalue())

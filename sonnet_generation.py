@@ -7,36 +7,18 @@ python sonnet_generation.py --model_size gpt2     # OpenAI's 124M weights, from 
 import argparse
 from pathlib import Path
 
-from config import (
-    PRESETS,
-    ROOT,
-    HelpFormatter,
-    InputError,
-    LoRAConfig,
-    TrainConfig,
-    add_options,
-    default_learning_rate,
-    exit_cleanly,
-    from_options,
-)
+from config import ROOT, HelpFormatter, InputError, exit_cleanly, parse, shared_options
 
 REPORT = {"model_size": "gpt2", "epochs": 10, "batch_size": 8, "patience": 3, "temperature": 1.2, "top_p": 0.9}
-REPORT_LEARNING_RATES = {"full": 1e-5, "lora": 1e-4}
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    task = parser.add_argument_group("what to train, on what")
-    task.add_argument("--model_size", default="tiny", metavar="NAME", help=f"{', '.join(PRESETS)}, or a model's folder")
-    task.add_argument("--use_lora", action="store_true", help="train LoRA's low-rank matrices instead of all weights")
-    task.add_argument("--preset", choices=["report"], help="report: the settings of the report this code replaces")
+    what, files = shared_options(parser, "sonnets", patience=3)
     for name, split in (("sonnet_path", "train"), ("dev_sonnet_path", "dev"), ("held_out_sonnet_path", "test")):
         path = str(ROOT / "data" / f"Shakespeare_Sonnets_{split}.csv")
         about = f"{split} sonnets, .csv or numbered text, instead of the embedded ones"
-        task.add_argument(f"--{name}", default=path, metavar="FILE", help=about)
-    add_options(parser, TrainConfig, "training", lr=None, patience=3)
-    task.add_argument("--use_gpu", action="store_true", help="insist on CUDA")
-    add_options(parser, LoRAConfig, "LoRA (with --use_lora)", prefix="lora_")
+        what.add_argument(f"--{name}", default=path, metavar="FILE", help=about)
     writing = parser.add_argument_group("writing")
     writing.add_argument("--temperature", type=float, default=1.2, metavar="N", help="0 takes the likeliest token")
     writing.add_argument("--top_p", type=float, default=0.9, metavar="N", help="mass of the nucleus sampled from")
@@ -45,17 +27,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     writing.add_argument("--generate_only", action="store_true", help="write with --adapter or --model; no training")
     writing.add_argument("--adapter", metavar="DIR", help="a LoRA adapter's folder, for --generate_only")
     writing.add_argument("--model", metavar="DIR", help="a model's folder, for --generate_only")
-    files = parser.add_argument_group("files")
     files.add_argument("--sonnet_out", default="predictions/generated_sonnets.txt", metavar="FILE", help="new sonnets")
-    files.add_argument("--out_dir", metavar="DIR", help="the run's folder, instead of one in runs/sonnets")
-    files.add_argument("--resume", action="store_true", help="go on with the newest unfinished run of these options")
-    if parser.parse_known_args(arguments)[0].preset == "report":
-        parser.set_defaults(**REPORT)
-    options = parser.parse_args(arguments)
-    options.method = "lora" if options.use_lora else "full"
-    if options.lr is None:
-        rates = REPORT_LEARNING_RATES if options.preset else {}
-        options.lr = rates.get(options.method) or default_learning_rate(options.model_size, options.method)
+    options = parse(parser, arguments, "sonnets", REPORT)
     if (options.adapter or options.model) and not options.generate_only:
         raise InputError(
             "--adapter and --model go with --generate_only; to train from a folder, name it by --model_size"
@@ -72,18 +45,15 @@ def main(options: argparse.Namespace) -> None:
     from lora import apply_lora, hold_frozen, load_adapter, merge_lora, save_adapter
     from models.gpt2 import GPT2Model
     from models.sonnet_gpt import SonnetGPT, check_sampling
-    from runs import Run, draw_curves, facts, parameter_counts, summary, write_json, write_text
-    from training import Task, choose_device, choose_dtype, describe_dtype, precision, train
+    from runs import Run, facts, parameter_counts, summary, write_json, write_text
+    from training import Task, introduce, precision, settings, train
 
-    config, lora_config = from_options(TrainConfig, options), from_options(LoRAConfig, options, prefix="lora_")
+    config, lora_config, device, dtype = settings(options)
     sampling = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens")}
     check_sampling(**sampling)
     sampling["seed"] = config.seed
-    device = choose_device(options.device, options.use_gpu)
-    dtype = choose_dtype(options.dtype, device)
     held_out = read_sonnets(options.held_out_sonnet_path)
     prompts = [sonnet.prompt for sonnet in held_out]
-    torch.manual_seed(config.seed)
 
     if options.generate_only:
         model = SonnetGPT(GPT2Model.from_pretrained(options.model or options.model_size))
@@ -112,13 +82,8 @@ def main(options: argparse.Namespace) -> None:
     files = [options.sonnet_path, options.dev_sonnet_path, options.held_out_sonnet_path]
     run = Run("sonnets", name, vars(options), facts(device, dtype, files))
 
-    counts = parameter_counts(model)
-    method = "full fine-tuning"
-    if options.use_lora:
-        method = f"LoRA rank {lora_config.rank} on {', '.join(lora_config.targets)}"
-    print(f"sonnets ({len(sonnets)} train, {len(dev)} dev, {len(held_out)} test), {options.model_size}, {method}")
-    print(f"{counts['trainable_parameters']:,} of {counts['total_parameters']:,} parameters train, in "
-          f"{describe_dtype(dtype, device)}; learning rate {config.lr:g}")  # fmt: skip
+    data = f"sonnets ({len(sonnets)} train, {len(dev)} dev, {len(held_out)} test)"
+    title = introduce(data, model, options, run, device, dtype)
     known = {sonnet.text for sonnet in sonnets}
     if seen := sum(sonnet.text in known for sonnet in [*dev, *held_out]):
         print(f"note: {seen} dev or test sonnets are in the training file too: their losses say nothing about new text")
@@ -129,10 +94,6 @@ def main(options: argparse.Namespace) -> None:
         with precision(device, dtype):
             found = language_model_figures(model, dataset.in_order(config.batch_size))
         return {f"{split}_{name}": value for name, value in found.items()}
-
-    if options.resume:
-        saved = "goes on with" if run.state_path.exists() else "finds nothing saved and starts from the beginning in"
-        print(f"--resume {saved} {run.folder}")
 
     base = figures(model, dev_set, "dev") | figures(model, test_set, "test")
     if options.use_lora and dtype != torch.float32:
@@ -147,6 +108,7 @@ def main(options: argparse.Namespace) -> None:
     progress = train(model, task, config, run, device, dtype)
 
     # the best epoch's weights, or LoRA's base in float32 with its best adapter
+    counts = parameter_counts(model)
     del model  # and its gradients
     trained = options.model_size if options.use_lora or not progress.rows else run.best
     model = SonnetGPT(GPT2Model.from_pretrained(trained)).to(device)
@@ -160,7 +122,9 @@ def main(options: argparse.Namespace) -> None:
     for path in (run.folder / "predictions" / "generated_sonnets.txt", Path(options.sonnet_out)):
         write_text(path, as_file(held_out, texts))
     if progress.rows:
-        draw_curves(run.folder / "curves.png", progress.rows, base["dev_loss"], f"{options.model_size}, {method}")
+        from figures import draw_curves  # matplotlib takes a moment
+
+        draw_curves(run.folder / "curves.png", progress.rows, title, base["dev_loss"])
     write_json(run.folder / "summary.json", {
         "task": "sonnets", "model": options.model_size, "method": options.method, "seed": config.seed, **counts,
         **summary(progress), **{f"base_{name}": value for name, value in base.items()}, **tuned, **form,

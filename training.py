@@ -1,5 +1,6 @@
 """The training loop, once for every task: epochs, dev evaluation, the best model, early stopping, resume."""
 
+import argparse
 import contextlib
 import math
 import signal
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import InputError, Interrupted, TrainConfig
-from runs import Run, peak_memory_gb, replacing_folder
+from config import InputError, Interrupted, LoRAConfig, TrainConfig, from_options
+from runs import Run, parameter_counts, peak_memory_gb, replacing_folder
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,30 @@ def _signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def settings(options: argparse.Namespace) -> tuple[TrainConfig, LoRAConfig, torch.device, torch.dtype]:
+    """What every task script needs of its options, checked; fixes the seed of initialisation and dropout."""
+    config, lora_config = from_options(TrainConfig, options), from_options(LoRAConfig, options, prefix="lora_")
+    device = choose_device(config.device, options.use_gpu)
+    dtype = choose_dtype(config.dtype, device)
+    torch.manual_seed(config.seed)
+    return config, lora_config, device, dtype
+
+
+def introduce(data: str, model: nn.Module, options: argparse.Namespace, run: Run, device, dtype) -> str:
+    """Print what is about to be trained, on what and how; returns a title for its figures."""
+    method = "full fine-tuning"
+    if options.use_lora:
+        method = f"LoRA rank {options.lora_rank} on {', '.join(options.lora_targets)}"
+    counts = parameter_counts(model)
+    print(f"{data}, {options.model_size}, {method}")
+    print(f"{counts['trainable_parameters']:,} of {counts['total_parameters']:,} parameters train, in "
+          f"{describe_dtype(dtype, device)}; learning rate {options.lr:g}")  # fmt: skip
+    if options.resume:
+        saved = "goes on with" if run.state_path.exists() else "finds nothing saved and starts from the beginning in"
+        print(f"--resume {saved} {run.folder}")
+    return f"{options.model_size}, {method}"
 
 
 def choose_device(name: str, use_gpu: bool = False) -> torch.device:

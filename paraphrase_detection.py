@@ -1,0 +1,228 @@
+"""Fine-tune GPT-2 to judge whether two texts say the same, from its last token's hidden state or a pooling of all.
+
+python paraphrase_detection.py --pooling generalized              # minutes on a laptop: Bible verses, embedded base
+python paraphrase_detection.py --model_size gpt2 --dataset quora  # 124M weights, Quora's question pairs
+"""
+
+import argparse
+from pathlib import Path
+
+from config import ROOT, HelpFormatter, InputError, exit_cleanly, parse, shared_options
+
+REPORT = {"model_size": "gpt2", "dataset": "quora", "epochs": 3, "batch_size": 8, "patience": 3}
+SPLITS = ("train", "dev", "test")
+DATASETS = {  # the files of train, dev and test, and what makes them
+    "verses": (("verses-train.csv", "verses-dev.csv", "verses-test.csv"), "data/build_verses.py"),
+    "quora": (("quora-train.csv", "quora-dev.csv", "quora-test-student.csv"), "data/download_quora.py"),
+}
+POOLINGS = ("last", "mean", "max", "generalized", "multihead")
+ERRORS = 10  # in errors.md
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    what, files = shared_options(parser, "paraphrases", epochs=3)
+    what.add_argument("--pooling", default="last", choices=POOLINGS, help="how hidden states become one vector")
+    what.add_argument("--pair_encoding", default="joint", choices=("joint", "separate"),
+                      help="joint: one prompt holds both texts; separate: each is read alone")  # fmt: skip
+    for name in ("parameter", "attention", "vector"):
+        what.add_argument(f"--{name}_penalty", type=float, metavar="N", default=0.01 if name == "parameter" else 0.0,
+                          help=f"multihead's weight of the penalty on like heads' {name}s")  # fmt: skip
+    what.add_argument("--dataset", choices=DATASETS, help="verses (default), or quora: run data/download_quora.py once")
+    for split in SPLITS:
+        files.add_argument(f"--para_{split}", metavar="FILE", help=f"{split} pairs, instead of the dataset's")
+    for split in SPLITS[1:]:
+        default = f"predictions/para-{split}-output.csv"
+        files.add_argument(f"--para_{split}_out", default=default, metavar="FILE", help=f"predictions of {split}")
+    what.add_argument("--predict_only", action="store_true", help="judge dev and test with --model; no training")
+    what.add_argument("--model", metavar="DIR", help="a run's best/ folder, for --predict_only; "
+                      "of a LoRA run, --model_size names its base")  # fmt: skip
+    options = parse(parser, arguments, "paraphrases", REPORT)
+    if bool(options.model) != options.predict_only:
+        raise InputError("--predict_only and --model DIR go together; to train from a folder, name it by --model_size")
+    named = [split for split in SPLITS if getattr(options, f"para_{split}")]
+    if named and len(named) < len(SPLITS) and not options.dataset:
+        lacking = " and ".join(f"--para_{split}" for split in SPLITS if split not in named)
+        raise InputError(f"--para_{named[0]} is given without {lacking}; name them too, or --dataset for the rest")
+    options.dataset = options.dataset or ("files" if named else "verses")
+    for split, name in zip(SPLITS, DATASETS.get(options.dataset, [()])[0], strict=False):
+        path = getattr(options, f"para_{split}") or str(ROOT / "data" / name)
+        setattr(options, f"para_{split}", path)
+    return options
+
+
+def main(options: argparse.Namespace) -> None:
+    # imported here, so that --help and a mistyped option are answered at once
+    import torch
+
+    from datasets import PairsDataset, bucketed_batches
+    from evaluation import classification_figures, classify, overlap_accuracy, overlap_threshold
+    from lora import apply_lora, hold_frozen
+    from models.gpt2 import GPT2Model
+    from models.paraphrase_gpt import ParaphraseGPT
+    from runs import Run, facts, parameter_counts, summary, write_json, write_text
+    from training import Task, introduce, precision, settings, train
+
+    config, lora_config, device, dtype = settings(options)
+    paths = {split: getattr(options, f"para_{split}") for split in SPLITS}
+    if options.predict_only:
+        model = ParaphraseGPT.from_pretrained(options.model, options.model_size)
+    else:
+        model = ParaphraseGPT(GPT2Model.from_pretrained(options.model_size), options.pooling, options.pair_encoding,
+                              **penalties(options))  # fmt: skip
+        if options.use_lora:
+            apply_lora(model, lora_config)
+    model.to(device)
+
+    def read(split: str) -> PairsDataset:
+        maker = DATASETS.get(options.dataset, (None, None))[1]
+        way_out = f"python {maker} makes it" if maker else "check the path"
+        data = PairsDataset(paths[split], model.gpt, model.settings["pair_encoding"], way_out)
+        if split != "test" and data.labels is None:
+            raise InputError(f"{paths[split]} has no column is_duplicate; only test pairs may lack it")
+        for rows, what in ((data.dropped, "left out: no sentence or no label"), (data.shortened, "shortened to fit")):
+            if rows:
+                lines = ", ".join(map(str, rows[:10])) + ", ..." * (len(rows) > 10)
+                print(f"{paths[split]}: {len(rows)} of its pairs {what} (line {lines})")
+        return data
+
+    def judge(model: ParaphraseGPT, data: PairsDataset, split: str) -> tuple[torch.Tensor, dict[str, float]]:
+        with precision(device, dtype):
+            logits = classify(model, data)
+        found = {} if data.labels is None else classification_figures(logits, data.labels)
+        return logits, {f"{split}_{name}": value for name, value in found.items()}
+
+    sets = {split: read(split) for split in (SPLITS[1:] if options.predict_only else SPLITS)}
+    outputs = {split: Path(getattr(options, f"para_{split}_out")) for split in SPLITS[1:]}
+    if options.predict_only:
+        print(f"paraphrases: {options.model} judges {', '.join(f'{len(data)} {split}' for split, data in sets.items())}")
+        figures = {}
+        for split, data in sets.items():
+            logits, found = judge(model, data, split)
+            write_text(outputs[split], as_file(data.ids, logits))
+            figures |= found
+        print(f"\n{comparison(figures, sets)}\n\npredictions: {', '.join(map(str, outputs.values()))}")
+        return
+
+    name = f"{Path(options.model_size).name}-{options.pooling}-{options.pair_encoding}-{options.method}-seed{config.seed}"
+    run = Run("paraphrases", name, vars(options), facts(device, dtype, list(paths.values())))
+    sizes = ", ".join(f"{len(data):,} {split}" for split, data in sets.items())
+    title = introduce(f"paraphrases, {options.dataset} ({sizes}), {options.pooling} pooling, {options.pair_encoding}",
+                      model, options, run, device, dtype)  # fmt: skip
+    if options.use_lora and dtype != torch.float32:
+        hold_frozen(model, dtype)
+    train_set, dev_set = sets["train"], sets["dev"]
+    task = Task(
+        batches=lambda epoch: bucketed_batches(train_set.lengths, config.batch_size, config.seed, epoch),
+        collate=train_set.collate,
+        loss=lambda model, batch: (model.loss(**batch), len(batch["labels"])),
+        evaluate=lambda model: judge(model, dev_set, "dev")[1],
+        save=lambda model, folder: model.save_pretrained(folder),
+        metric="dev_accuracy",
+        larger_is_better=True,
+    )
+    progress = train(model, task, config, run, device, dtype)
+    counts = parameter_counts(model)
+    if progress.rows:
+        del model  # and its gradients
+        model = ParaphraseGPT.from_pretrained(run.best, options.model_size).to(device)
+
+    figures, logits = {}, {}
+    for split in SPLITS[1:]:
+        logits[split], found = judge(model, sets[split], split)
+        figures |= found
+        for path in (run.folder / "predictions" / f"para-{split}-output.csv", outputs[split]):
+            write_text(path, as_file(sets[split].ids, logits[split]))
+    threshold = overlap_threshold(train_set.read())
+    for split in SPLITS[1:]:
+        if sets[split].labels is not None:
+            figures[f"{split}_word_overlap_accuracy"] = overlap_accuracy(sets[split].read(), threshold)
+    write_text(run.folder / "errors.md", errors(logits["dev"], dev_set))
+    if progress.rows:
+        from figures import draw_attention, draw_curves  # matplotlib takes a moment
+
+        draw_curves(run.folder / "curves.png", progress.rows, title)
+    if examples := attention(model, dev_set, logits["dev"]):
+        draw_attention(run.folder / "attention.png", examples, f"what {options.pooling} pooling weighs")
+    write_json(run.folder / "summary.json", {
+        "task": "paraphrases", "model": options.model_size, "method": options.method, "seed": config.seed,
+        "dataset": options.dataset, "pooling": options.pooling, "pair_encoding": options.pair_encoding, **counts,
+        **summary(progress), **figures,
+    })  # fmt: skip
+    print(f"\n{comparison(figures, sets)}\n\npredictions: {', '.join(map(str, outputs.values()))}\n"
+          f"errors, curves, metrics, best model, summary: {run.folder}")  # fmt: skip
+
+
+def penalties(options: argparse.Namespace) -> dict[str, float]:
+    """Multihead's settings; the other poolings have none."""
+    names = ("parameter_penalty", "attention_penalty", "vector_penalty") if options.pooling == "multihead" else ()
+    return {name: getattr(options, name) for name in names}
+
+
+def as_file(ids: list[str], logits) -> str:
+    """Predictions in the course's format, 1 for a paraphrase, in the order of the input."""
+    rows = zip(ids, logits.argmax(1).tolist(), strict=True)
+    return "id \t Predicted_Is_Paraphrase \n" + "".join(f"{name}, {label} \n" for name, label in rows)
+
+
+def comparison(figures: dict, sets: dict) -> str:
+    """What the model gets beside what needs no model, a column a split whose labels are known."""
+    splits = [split for split in sets if f"{split}_accuracy" in figures]
+    lines = [f"{'':<34}" + "".join(f"{split:>16}" for split in splits)]
+
+    def add(label: str, cell) -> None:
+        cells = [cell(lambda name, split=split: figures[f"{split}_{name}"], len(sets[split])) for split in splits]
+        lines.append(f"{label:<34}" + "".join(f"{text:>16}" for text in cells))
+
+    add("always the commoner answer", lambda get, n: f"{max(y := get('yes_judged_yes') + get('yes_judged_no'), n - y) / n:.1%}")
+    if splits and f"{splits[0]}_word_overlap_accuracy" in figures:
+        add("word overlap, threshold from train", lambda get, n: f"{get('word_overlap_accuracy'):.1%}")
+    add("accuracy, 95 % interval", lambda get, n: f"{(p := get('accuracy')):.1%} ± {1.96 * (p * (1 - p) / n) ** 0.5:.1%}")
+    add("macro F1", lambda get, n: f"{get('macro_f1'):.3f}")
+    for gold in ("no", "yes"):
+        add(f"{gold}: judged no, judged yes", lambda get, n, gold=gold: f"{get(f'{gold}_judged_no')}, {get(f'{gold}_judged_yes')}")
+    return "\n".join(lines)
+
+
+def errors(logits, data) -> str:
+    """The pairs of dev judged wrong with the most confidence, for a person to read."""
+    confidence, predicted = logits.softmax(1).max(1)
+    wrong = [row for row in confidence.argsort(descending=True).tolist() if predicted[row] != data.labels[row]]
+    chosen = wrong[:ERRORS]
+    pairs = {row: pair for row, pair in enumerate(data.read()) if row in set(chosen)}
+    blocks = [f"# {len(wrong)} of {len(data)} dev pairs judged wrong; those with the most confidence\n"]
+    for row in chosen:
+        said, gold = ("yes" if predicted[row] else "no"), ("yes" if data.labels[row] else "no")
+        blocks.append(f"**says {said} ({confidence[row]:.1%}), label {gold}** (id {pairs[row].id}, line {pairs[row].line})\n\n"
+                      f"1. {pairs[row].sentence1}\n2. {pairs[row].sentence2}\n")  # fmt: skip
+    return "\n".join(blocks)
+
+
+def attention(model, data, logits) -> list[tuple[str, list[tuple[str, float]]]]:
+    """Tokens and weights of the first dev pair of each kind, judged right and wrong; none for a pooling without."""
+    import torch
+
+    predicted, examples = logits.argmax(1), []
+    device = next(model.parameters()).device
+    for gold, guess in ((1, 1), (0, 0), (1, 0), (0, 1)):
+        found = ((data.labels == gold) & (predicted == guess)).nonzero()
+        if not len(found):
+            continue
+        row = found[0].item()
+        batch = data.collate([row])
+        with torch.no_grad():
+            weights = model.token_weights(batch["input_ids"].to(device), batch["attention_mask"].to(device))
+        if weights is None:
+            return []
+        tokens = []
+        for text, weight in zip(data.texts(row), weights.flatten(0, -2).cpu(), strict=True):
+            shown = [model.gpt.tokenizer.decode([token], skip_special_tokens=False) for token in text.tolist()]
+            tokens += zip(shown, (weight[: len(text)] * len(text)).tolist(), strict=True)
+        answer = "yes" if guess else "no"
+        examples.append((f"{data.ids[row]}: judged {answer}, {'right' if gold == guess else 'wrong'}", tokens))
+    return examples
+
+
+if __name__ == "__main__":
+    with exit_cleanly():
+        main(parse_options())
