@@ -169,10 +169,12 @@ def read_pairs(path: str | Path, way_out: str, dropped: list[int]) -> Iterator[P
             header = next(rows, [])
             lacking = [name for name in ("id", "sentence1", "sentence2") if name not in header]
             if lacking:
-                found = ", ".join(header)[:200] or "nothing"
-                raise InputError(f"{path} lacks the column {', '.join(lacking)}; tab-separated, it has {found}")
+                found = repr("\t".join(header))[:200]
+                raise InputError(f"{path} lacks the column {', '.join(lacking)} in its tab-separated header, {found}")
             for row in rows:
-                pair = _as_pair(header, row, f"{path}, line {rows.line_num}", rows.line_num) if row else None
+                if not row:  # an empty line
+                    continue
+                pair = _as_pair(header, row, f"{path}, line {rows.line_num}", rows.line_num)
                 if pair:
                     yield pair
                 else:
@@ -197,8 +199,8 @@ def _as_pair(header: list[str], row: list[str], place: str, line: int) -> Pair |
         return None
     if label not in ("", "0", "1", "0.0", "1.0"):
         raise InputError(f"{place}: is_duplicate is {label!r}; write 0 or 1, or leave it empty to drop the row")
-    if not fields["id"]:
-        raise InputError(f"{place}: the id is empty; predictions are written by id")
+    if not fields["id"] or set(fields["id"]) & {",", "\n"}:
+        raise InputError(f"{place}: the id {fields['id']!r} is empty or not fit for a line of predictions; rename it")
     return Pair(line, fields["id"], fields["sentence1"], fields["sentence2"], int(float(label)) if label else None)
 
 
@@ -256,7 +258,7 @@ class PairsDataset:
 
     def _encode(self, pairs: list[Pair]) -> Iterator[list[int]]:
         """The tokens of every text of these pairs, a text or two a pair."""
-        encode, limit = self.gpt.tokenizer.encode_batch, self.gpt.config.positions
+        encode, limit = self.gpt.tokenizer.encode_batch_fast, self.gpt.config.positions
         if self.joint:
             texts = [prompt(pair.sentence1, pair.sentence2) for pair in pairs]
         else:
@@ -265,7 +267,8 @@ class PairsDataset:
             ids = encoding.ids if self.joint else [*encoding.ids, self.gpt.end_of_text]
             if len(ids) > limit:
                 pair = pairs[index if self.joint else index // 2]
-                self.shortened.append(pair.line)
+                if pair.line not in self.shortened[-1:]:
+                    self.shortened.append(pair.line)
                 ids = self._shortened(pair, limit) if self.joint else _without_middle(ids, len(ids) - limit)
             yield ids
 
@@ -280,8 +283,10 @@ class PairsDataset:
                 return ids
             if not any(sentences):
                 raise InputError(f"the prompt alone has {len(ids)} tokens; this model has {limit} positions")
-            longer = max(sentences, key=len)
-            sentences[sentences.index(longer)] = _without_middle(longer, min(len(ids) - limit, len(longer)))
+            shorter, longer = sorted(sentences, key=len)
+            excess = len(ids) - limit  # first what the longer one has more, then from both
+            count = min(excess, len(longer), max(len(longer) - len(shorter), (excess + 1) // 2))
+            sentences[sentences.index(longer)] = _without_middle(longer, count)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -1,7 +1,8 @@
 """A question to a table: runs of a task script over options and seeds, gathered in results/NAME.csv and NAME.md.
 
     python experiments.py sonnets              # base, full fine-tuning and LoRA, three seeds
-    python experiments.py learning_rate        # the sweep behind the default learning rates
+    python experiments.py poolings             # five poolings by two encodings of a pair
+    python experiments.py learning_rate        # the sweeps behind the default learning rates
 
 Runs are kept in runs/experiments, so an interrupted table goes on where it stopped. They are found by row and seed:
 after a change of code or defaults, delete runs/experiments/NAME to run them anew.
@@ -20,7 +21,15 @@ from dataclasses import dataclass
 
 from config import ROOT, InputError, exit_cleanly
 
-COLUMNS = ("dev_loss", "test_loss", "test_bits_per_character", "best_epoch", "seconds_per_epoch", "peak_memory_gb")
+COST = ("best_epoch", "seconds_per_epoch", "peak_memory_gb")
+FIGURES = {  # of each script's summary, the table's columns
+    "sonnet_generation.py": ("dev_loss", "test_loss", "test_bits_per_character", *COST),
+    "paraphrase_detection.py": ("dev_accuracy", "dev_macro_f1", "test_accuracy", "test_macro_f1", *COST),
+}
+OUTPUTS = {  # options that name a copy of the predictions; a table's run keeps it to itself
+    "sonnet_generation.py": ("sonnet_out",),
+    "paraphrase_detection.py": ("para_dev_out", "para_test_out"),
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,13 @@ EXPERIMENTS = {
         | {f"LoRA, {rate}": ["--use_lora", "--lr", rate] for rate in ("5e-4", "1e-3", "2e-3")},
         seeds=(1,),
     ),
-}
+    "poolings": Experiment(
+        "paraphrase_detection.py",
+        {f"{pooling}, {encoding}": ["--pooling", pooling, "--pair_encoding", encoding]
+         for encoding in ("joint", "separate") for pooling in ("last", "mean", "max", "generalized", "multihead")},
+        seeds=(11711,),
+    ),
+}  # fmt: skip
 
 
 def summary_of(name: str, row: str, seed: int, jobs: int) -> dict:
@@ -53,7 +68,8 @@ def summary_of(name: str, row: str, seed: int, jobs: int) -> dict:
     folder = ROOT / "runs" / "experiments" / name / f"{row.replace(', ', '-').replace(' ', '_')}-seed{seed}"
     if not (folder / "summary.json").exists():
         command = [sys.executable, str(ROOT / experiment.script), *experiment.rows[row], "--seed", str(seed),
-                   "--out_dir", str(folder), "--sonnet_out", str(folder / "sonnets.txt"), "--resume"]  # fmt: skip
+                   *(f"--{output}={folder / output}.txt" for output in OUTPUTS[experiment.script]),
+                   "--out_dir", str(folder), "--resume"]  # fmt: skip
         threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} if jobs > 1 else {}
         done = subprocess.run(
             command, capture_output=True, text=True, encoding="utf-8", cwd=ROOT, env=os.environ | threads, check=False
@@ -87,22 +103,24 @@ def as_csv(found: dict[str, list[dict]]) -> str:
     return buffer.getvalue()
 
 
-def as_markdown(found: dict[str, list[dict]]) -> str:
+def as_markdown(found: dict[str, list[dict]], columns: tuple[str, ...]) -> str:
     """A line a row: the mean over seeds, and the standard deviation where there are several."""
-    lines = [f"| | {' | '.join(name.replace('_', ' ') for name in COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines = [f"| | {' | '.join(name.replace('_', ' ') for name in columns)} |", "|---" * (len(columns) + 1) + "|"]
     base = next(iter(found.values()))[0]
-    figures = [f"{base[f'base_{name}']:.3f}" if f"base_{name}" in base else "" for name in COLUMNS]
-    lines.append(f"| base, not tuned | {' | '.join(figures)} |")
+    figures = [f"{base[f'base_{name}']:.3f}" if f"base_{name}" in base else "" for name in columns]
+    if any(figures):
+        lines.append(f"| base, not tuned | {' | '.join(figures)} |")
     for row, runs in found.items():
         cells = []
-        for name in COLUMNS:
+        for name in columns:
             values = [run[name] for run in runs if run.get(name) is not None]
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "")
         lines.append(f"| {row} | {' | '.join(cells)} |")
     count = len(next(iter(found.values())))
     over = "One seed" if count == 1 else f"Mean ± standard deviation over {count} seeds"
-    return "\n".join(lines) + f"\n\n{over}. Losses are nats a token; seconds and memory are of training alone.\n"
+    losses = " Losses are nats a token." if "dev_loss" in columns else ""
+    return "\n".join(lines) + f"\n\n{over}.{losses} Seconds and memory are of training alone.\n"
 
 
 def main() -> None:
@@ -117,8 +135,9 @@ def main() -> None:
 
     found = summaries(name, options.jobs)
     write_text(ROOT / "results" / f"{name}.csv", as_csv(found))
-    write_text(ROOT / "results" / f"{name}.md", as_markdown(found))
-    print(as_markdown(found))
+    table = as_markdown(found, FIGURES[EXPERIMENTS[name].script])
+    write_text(ROOT / "results" / f"{name}.md", table)
+    print(table)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import io
 import textwrap
+import warnings
 from pathlib import Path
 
 from matplotlib import cm, colormaps
@@ -17,7 +18,7 @@ def draw_curves(path: Path, rows: list[dict], title: str, base_loss: float | Non
     """Train and dev loss an epoch, beside the untrained base's dev loss; and dev accuracy where the task has one."""
     panels = 1 + ("dev_accuracy" in rows[0])
     figure = Figure(figsize=(6 if panels == 1 else 8, 3.6), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     epochs = [row["epoch"] for row in rows]
     if base_loss is not None:
@@ -30,6 +31,7 @@ def draw_curves(path: Path, rows: list[dict], title: str, base_loss: float | Non
         axes[1].plot(epochs, [100 * row["dev_accuracy"] for row in rows], color=ORANGE, marker="s")
         axes[1].set(xlabel="epoch", ylabel="dev accuracy (%)")
     for each in axes:
+        each.set_xlim(0.5, len(epochs) + 0.5)
         each.xaxis.get_major_locator().set_params(integer=True)
     save(figure, path)
 
@@ -42,12 +44,12 @@ def draw_attention(path: Path, examples: list[tuple[str, list[tuple[str, float]]
     shade = colormaps["Blues"]
     largest = max(weight for _, tokens in examples for _, weight in tokens)
     figure = Figure(figsize=(8, 0.6 + 1.15 * len(examples)), layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     panels = figure.subplots(len(examples), 1, squeeze=False)[:, 0]
     for axes, (heading, tokens) in zip(panels, examples, strict=True):
         axes.set(xlim=(0, COLUMNS), ylim=(LINES, 0))
         axes.axis("off")
-        axes.set_title(textwrap.shorten(heading, 100), fontsize=8, loc="left")
+        axes.set_title(textwrap.shorten(heading, 100), fontsize=8, loc="left", parse_math=False)
         column, line = 0, 0
         for token, weight in tokens:
             shown = token.replace("\n", "\u21b5")
@@ -71,5 +73,7 @@ def draw_attention(path: Path, examples: list[tuple[str, list[tuple[str, float]]
 def save(figure: Figure, path: Path) -> None:
     """Write the figure as a PNG, whole or not at all."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph ")  # of a script that the font lacks: a box is drawn
+        figure.savefig(buffer, format="png", dpi=150)
     write_bytes(path, buffer.getvalue())

@@ -5,6 +5,7 @@ python paraphrase_detection.py --model_size gpt2 --dataset quora  # 124M weights
 """
 
 import argparse
+import math
 from pathlib import Path
 
 from config import ROOT, HelpFormatter, InputError, exit_cleanly, parse, shared_options
@@ -40,9 +41,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parse(parser, arguments, "paraphrases", REPORT)
     if bool(options.model) != options.predict_only:
         raise InputError("--predict_only and --model DIR go together; to train from a folder, name it by --model_size")
-    named = [split for split in SPLITS if getattr(options, f"para_{split}")]
-    if named and len(named) < len(SPLITS) and not options.dataset:
-        lacking = " and ".join(f"--para_{split}" for split in SPLITS if split not in named)
+    needed = SPLITS[1:] if options.predict_only else SPLITS
+    named = [split for split in needed if getattr(options, f"para_{split}")]
+    if named and len(named) < len(needed) and not options.dataset:
+        lacking = " and ".join(f"--para_{split}" for split in needed if split not in named)
         raise InputError(f"--para_{named[0]} is given without {lacking}; name them too, or --dataset for the rest")
     options.dataset = options.dataset or ("files" if named else "verses")
     for split, name in zip(SPLITS, DATASETS.get(options.dataset, [()])[0], strict=False):
@@ -75,8 +77,9 @@ def main(options: argparse.Namespace) -> None:
     model.to(device)
 
     def read(split: str) -> PairsDataset:
-        maker = DATASETS.get(options.dataset, (None, None))[1]
-        way_out = f"python {maker} makes it" if maker else "check the path"
+        files, maker = DATASETS.get(options.dataset, ((), None))
+        made = Path(paths[split]) in [ROOT / "data" / name for name in files]
+        way_out = f"python {maker} makes it" if made else "check the path"
         data = PairsDataset(paths[split], model.gpt, model.settings["pair_encoding"], way_out)
         if split != "test" and data.labels is None:
             raise InputError(f"{paths[split]} has no column is_duplicate; only test pairs may lack it")
@@ -95,7 +98,8 @@ def main(options: argparse.Namespace) -> None:
     sets = {split: read(split) for split in (SPLITS[1:] if options.predict_only else SPLITS)}
     outputs = {split: Path(getattr(options, f"para_{split}_out")) for split in SPLITS[1:]}
     if options.predict_only:
-        print(f"paraphrases: {options.model} judges {', '.join(f'{len(data)} {split}' for split, data in sets.items())}")
+        sizes = ", ".join(f"{len(data):,} {split}" for split, data in sets.items())
+        print(f"paraphrases: {options.model} judges pairs ({sizes})")
         figures = {}
         for split, data in sets.items():
             logits, found = judge(model, data, split)
@@ -104,7 +108,8 @@ def main(options: argparse.Namespace) -> None:
         print(f"\n{comparison(figures, sets)}\n\npredictions: {', '.join(map(str, outputs.values()))}")
         return
 
-    name = f"{Path(options.model_size).name}-{options.pooling}-{options.pair_encoding}-{options.method}-seed{config.seed}"
+    how = f"{options.pooling}-{options.pair_encoding}"
+    name = f"{Path(options.model_size).name}-{how}-{options.method}-seed{config.seed}"
     run = Run("paraphrases", name, vars(options), facts(device, dtype, list(paths.values())))
     sizes = ", ".join(f"{len(data):,} {split}" for split, data in sets.items())
     title = introduce(f"paraphrases, {options.dataset} ({sizes}), {options.pooling} pooling, {options.pair_encoding}",
@@ -138,11 +143,13 @@ def main(options: argparse.Namespace) -> None:
         if sets[split].labels is not None:
             figures[f"{split}_word_overlap_accuracy"] = overlap_accuracy(sets[split].read(), threshold)
     write_text(run.folder / "errors.md", errors(logits["dev"], dev_set))
-    if progress.rows:
-        from figures import draw_attention, draw_curves  # matplotlib takes a moment
+    from figures import draw_attention, draw_curves  # matplotlib takes a moment
 
+    if progress.rows:
         draw_curves(run.folder / "curves.png", progress.rows, title)
-    if examples := attention(model, dev_set, logits["dev"]):
+    with precision(device, dtype):
+        examples = attention(model, dev_set, logits["dev"])
+    if examples:
         draw_attention(run.folder / "attention.png", examples, f"what {options.pooling} pooling weighs")
     write_json(run.folder / "summary.json", {
         "task": "paraphrases", "model": options.model_size, "method": options.method, "seed": config.seed,
@@ -156,6 +163,9 @@ def main(options: argparse.Namespace) -> None:
 def penalties(options: argparse.Namespace) -> dict[str, float]:
     """Multihead's settings; the other poolings have none."""
     names = ("parameter_penalty", "attention_penalty", "vector_penalty") if options.pooling == "multihead" else ()
+    for name in names:
+        if not 0 <= getattr(options, name) < float("inf"):
+            raise InputError(f"--{name} must be at least 0, not {getattr(options, name)}")
     return {name: getattr(options, name) for name in names}
 
 
@@ -167,21 +177,23 @@ def as_file(ids: list[str], logits) -> str:
 
 def comparison(figures: dict, sets: dict) -> str:
     """What the model gets beside what needs no model, a column a split whose labels are known."""
-    splits = [split for split in sets if f"{split}_accuracy" in figures]
-    lines = [f"{'':<34}" + "".join(f"{split:>16}" for split in splits)]
-
-    def add(label: str, cell) -> None:
-        cells = [cell(lambda name, split=split: figures[f"{split}_{name}"], len(sets[split])) for split in splits]
-        lines.append(f"{label:<34}" + "".join(f"{text:>16}" for text in cells))
-
-    add("always the commoner answer", lambda get, n: f"{max(y := get('yes_judged_yes') + get('yes_judged_no'), n - y) / n:.1%}")
-    if splits and f"{splits[0]}_word_overlap_accuracy" in figures:
-        add("word overlap, threshold from train", lambda get, n: f"{get('word_overlap_accuracy'):.1%}")
-    add("accuracy, 95 % interval", lambda get, n: f"{(p := get('accuracy')):.1%} ± {1.96 * (p * (1 - p) / n) ** 0.5:.1%}")
-    add("macro F1", lambda get, n: f"{get('macro_f1'):.3f}")
-    for gold in ("no", "yes"):
-        add(f"{gold}: judged no, judged yes", lambda get, n, gold=gold: f"{get(f'{gold}_judged_no')}, {get(f'{gold}_judged_yes')}")
-    return "\n".join(lines)
+    rows = {"": [], "always the commoner answer": [], "word overlap, threshold from train": [],
+            "accuracy, 95 % interval": [], "macro F1": [], "no: judged no, judged yes": [],
+            "yes: judged no, judged yes": []}  # fmt: skip
+    for split, data in sets.items():
+        found = {name.removeprefix(f"{split}_"): value for name, value in figures.items() if name.startswith(split)}
+        if "accuracy" not in found:
+            continue
+        share, yes = found["accuracy"], found["yes_judged_no"] + found["yes_judged_yes"]
+        overlap = found.get("word_overlap_accuracy")
+        cells = (
+            split, f"{max(yes, len(data) - yes) / len(data):.1%}", "" if overlap is None else f"{overlap:.1%}",
+            f"{share:.1%} ± {1.96 * math.sqrt(share * (1 - share) / len(data)):.1%}", f"{found['macro_f1']:.3f}",
+            *(f"{found[f'{gold}_judged_no']}, {found[f'{gold}_judged_yes']}" for gold in ("no", "yes")),
+        )  # fmt: skip
+        for row, cell in zip(rows.values(), cells, strict=True):
+            row.append(cell)
+    return "\n".join(f"{label:<34}" + "".join(f"{cell:>16}" for cell in row) for label, row in rows.items() if any(row))
 
 
 def errors(logits, data) -> str:
@@ -193,8 +205,9 @@ def errors(logits, data) -> str:
     blocks = [f"# {len(wrong)} of {len(data)} dev pairs judged wrong; those with the most confidence\n"]
     for row in chosen:
         said, gold = ("yes" if predicted[row] else "no"), ("yes" if data.labels[row] else "no")
-        blocks.append(f"**says {said} ({confidence[row]:.1%}), label {gold}** (id {pairs[row].id}, line {pairs[row].line})\n\n"
-                      f"1. {pairs[row].sentence1}\n2. {pairs[row].sentence2}\n")  # fmt: skip
+        pair = pairs[row]
+        blocks.append(f"**says {said} ({confidence[row]:.1%}), label {gold}** (id {pair.id}, line {pair.line})\n\n"
+                      f"1. {pair.sentence1}\n2. {pair.sentence2}\n")  # fmt: skip
     return "\n".join(blocks)
 
 

@@ -27,6 +27,8 @@ class ParaphraseGPT(nn.Module):
 
     def __init__(self, gpt: GPT2Model, pooling: str = "last", pair_encoding: str = "joint", **settings):
         super().__init__()
+        if pair_encoding not in ("joint", "separate"):
+            raise ValueError(f"pair_encoding is {pair_encoding!r}; expected joint or separate")
         self.settings = {"pooling": pooling, "pair_encoding": pair_encoding, **settings}
         self.gpt = gpt
         self.pooling = POOLINGS[pooling](gpt.config.width, **settings)
@@ -68,6 +70,7 @@ class ParaphraseGPT(nn.Module):
         tokens = [self.gpt.tokenizer.token_to_id(answer) for answer in ANSWERS]
         if None in tokens:
             raise InputError(f"the tokenizer of {self.gpt.folder} lacks one of the tokens {', '.join(ANSWERS)}")
+        logits = logits.float()  # float16 has no -1e9
         wide = logits.new_full((len(logits), self.gpt.config.vocab_size), -1e9)
         wide[:, tokens] = logits
         return wide
@@ -99,8 +102,9 @@ class ParaphraseGPT(nn.Module):
                 own = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
             found = model.load_state_dict(own, strict=False)
             lacking = [name for name in found.missing_keys if not name.startswith("gpt.")]
-            if lacking or found.unexpected_keys:
-                raise ValueError(f"lacks {lacking}, holds unknown {found.unexpected_keys}")
+            unknown = [name for name in own if name.startswith("gpt.")] + found.unexpected_keys
+            if lacking or unknown:
+                raise ValueError(f"lacks {lacking}, holds unknown {unknown}")
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{path} is not the head of this model ({error!r}); train it anew") from error
         return model.eval()
