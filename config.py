@@ -156,7 +156,7 @@ class TrainConfig:
 _GPT2_RATES = {"full": 5e-5, "lora": 2e-4}
 LEARNING_RATES = {
     "sonnets": {"tiny": {"full": 1e-4, "lora": 1e-3}, "report": {"full": 1e-5, "lora": 1e-4}},
-    "paraphrases": {"tiny": {"full": 5e-4, "lora": 1e-3}, "report": {"full": 1e-5, "lora": 1e-4}},
+    "paraphrases": {"tiny": {"full": 5e-4, "lora": 2e-3}, "report": {"full": 1e-5, "lora": 1e-4}},
 }
 
 
@@ -191,7 +191,7 @@ def shared_options(parser: argparse.ArgumentParser, task: str, **train_defaults)
     what.add_argument("--model_size", default="tiny", metavar="NAME", help=f"{', '.join(PRESETS)}, or a model's folder")
     what.add_argument("--use_lora", action="store_true", help="train LoRA's low-rank matrices instead of all weights")
     what.add_argument("--use_gpu", action="store_true", help="insist on CUDA")
-    what.add_argument("--preset", choices=["report"], help="report: the settings of the report this code replaces")
+    what.add_argument("--preset", choices=["report"], help="report: the settings of the student report before this")
     add_options(parser, TrainConfig, "training", lr=None, **train_defaults)
     add_options(parser, LoRAConfig, "LoRA (with --use_lora)", prefix="lora_")
     files = parser.add_argument_group("files")

@@ -127,11 +127,9 @@ class SonnetsDataset:
         """
         inputs = [self.sequences[row][:-1] for row in rows]
         targets = [self.sequences[row][1:] for row in rows]
-        pad = torch.nn.utils.rnn.pad_sequence
         return {
-            "input_ids": pad(inputs, batch_first=True),
-            "attention_mask": pad([torch.ones_like(row) for row in inputs], batch_first=True),
-            "labels": pad(targets, batch_first=True, padding_value=IGNORED),
+            **_padded(inputs),
+            "labels": torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED),
             "characters": sum(len(self.sonnets[row].text) + 1 - self.first_token_characters[row] for row in rows),
         }
 
@@ -148,7 +146,7 @@ class SonnetsDataset:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two texts, whether they say the same (1, 0, or None where nobody says), and the line of the file they end in."""
+    """Two texts, whether they mean the same (1, 0, or None where unknown), and the line of the file they end in."""
 
     line: int
     id: str
@@ -199,9 +197,10 @@ def _as_pair(header: list[str], row: list[str], place: str, line: int) -> Pair |
         return None
     if label not in ("", "0", "1", "0.0", "1.0"):
         raise InputError(f"{place}: is_duplicate is {label!r}; write 0 or 1, or leave it empty to drop the row")
-    if not fields["id"] or set(fields["id"]) & {",", "\n"}:
-        raise InputError(f"{place}: the id {fields['id']!r} is empty or not fit for a line of predictions; rename it")
-    return Pair(line, fields["id"], fields["sentence1"], fields["sentence2"], int(float(label)) if label else None)
+    name = fields.get("id", "")
+    if not name or set(name) & {",", "\n"}:
+        raise InputError(f"{place}: the id {name!r} is empty or not fit for a line of predictions; rename it")
+    return Pair(line, name, fields["sentence1"], fields["sentence2"], int(float(label)) if label else None)
 
 
 def _unquoted(text: str) -> str:
@@ -229,7 +228,8 @@ class PairsDataset:
 
         A text longer than the model's positions loses the middle of its longer sentence; `shortened` has its line.
         """
-        self.path, self.way_out, self.gpt, self.joint = path, way_out, gpt, pair_encoding == "joint"
+        self.path, self.way_out, self.joint = path, way_out, pair_encoding == "joint"
+        self.tokenizer, self.positions, self.end_of_text = gpt.tokenizer, gpt.config.positions, gpt.end_of_text
         self.ids: list[str] = []
         self.dropped: list[int] = []  # lines of the file without a sentence or a label
         self.shortened: list[int] = []
@@ -252,39 +252,39 @@ class PairsDataset:
         self.labels = None if None in labels else torch.tensor(labels)
 
     def read(self) -> Iterator[Pair]:
-        """The file's pairs once more, in order."""
+        """The file's pairs, in order; `dropped` is filled anew on the way."""
         self.dropped.clear()
         return read_pairs(self.path, self.way_out, self.dropped)
 
     def _encode(self, pairs: list[Pair]) -> Iterator[list[int]]:
         """The tokens of every text of these pairs, a text or two a pair."""
-        encode, limit = self.gpt.tokenizer.encode_batch_fast, self.gpt.config.positions
         if self.joint:
             texts = [prompt(pair.sentence1, pair.sentence2) for pair in pairs]
         else:
             texts = list(chain.from_iterable((pair.sentence1, pair.sentence2) for pair in pairs))
-        for index, encoding in enumerate(encode(texts)):
-            ids = encoding.ids if self.joint else [*encoding.ids, self.gpt.end_of_text]
-            if len(ids) > limit:
+        for index, encoding in enumerate(self.tokenizer.encode_batch_fast(texts)):
+            ids = encoding.ids if self.joint else [*encoding.ids, self.end_of_text]
+            excess = len(ids) - self.positions
+            if excess > 0:
                 pair = pairs[index if self.joint else index // 2]
                 if pair.line not in self.shortened[-1:]:
                     self.shortened.append(pair.line)
-                ids = self._shortened(pair, limit) if self.joint else _without_middle(ids, len(ids) - limit)
+                ids = self._shortened(pair) if self.joint else _without_middle(ids, excess)
             yield ids
 
-    def _shortened(self, pair: Pair, limit: int) -> list[int]:
-        """The prompt's tokens, at most `limit`: the middle of the longer sentence is left out, more until it fits."""
-        tokenizer = self.gpt.tokenizer
+    def _shortened(self, pair: Pair) -> list[int]:
+        """The prompt's tokens, as many as fit: the middle of the longer sentence is left out, more until they do."""
+        tokenizer = self.tokenizer
         sentences = [tokenizer.encode(sentence).ids for sentence in (pair.sentence1, pair.sentence2)]
         while True:
             # a token cut in two may be half a character
             ids = tokenizer.encode(prompt(*(tokenizer.decode(s).replace("\ufffd", "") for s in sentences))).ids
-            if len(ids) <= limit:
+            excess = len(ids) - self.positions
+            if excess <= 0:
                 return ids
             if not any(sentences):
-                raise InputError(f"the prompt alone has {len(ids)} tokens; this model has {limit} positions")
-            shorter, longer = sorted(sentences, key=len)
-            excess = len(ids) - limit  # first what the longer one has more, then from both
+                raise InputError(f"the prompt alone has {len(ids)} tokens; this model has {self.positions} positions")
+            shorter, longer = sorted(sentences, key=len)  # first what the longer one has more, then from both
             count = min(excess, len(longer), max(len(longer) - len(shorter), (excess + 1) // 2))
             sentences[sentences.index(longer)] = _without_middle(longer, count)
 
@@ -304,15 +304,17 @@ class PairsDataset:
 
     def collate(self, rows: list[int]) -> dict[str, Tensor]:
         """Right-padded `input_ids` and `attention_mask`, (B, T) joint or (B, 2, T) separate; `labels` (B,) if known."""
-        texts = [text for row in rows for text in self.texts(row)]
-        pad = torch.nn.utils.rnn.pad_sequence
-        batch = {
-            "input_ids": pad(texts, batch_first=True),
-            "attention_mask": pad([torch.ones_like(text) for text in texts], batch_first=True),
-        }
+        batch = _padded([text for row in rows for text in self.texts(row)])
         if not self.joint:
             batch = {name: value.unflatten(0, (-1, 2)) for name, value in batch.items()}
         return batch if self.labels is None else {**batch, "labels": self.labels[rows]}
+
+
+def _padded(texts: list[Tensor]) -> dict[str, Tensor]:
+    """Right-padded `input_ids` and `attention_mask`."""
+    ids, masks = (torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+                  for rows in (texts, [torch.ones_like(text) for text in texts]))  # fmt: skip
+    return {"input_ids": ids, "attention_mask": masks}
 
 
 def _without_middle(ids: list[int], count: int) -> list[int]:

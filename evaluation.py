@@ -121,10 +121,9 @@ def word_overlap(pair: Pair) -> float:
 
 def overlap_threshold(pairs: Iterable[Pair]) -> float:
     """The word overlap from which on yes is right most often in these pairs."""
-    rows = [(word_overlap(pair), pair.label) for pair in pairs]
-    overlaps, labels = torch.tensor(rows, dtype=torch.float64).T[..., None]  # (N, 1) each; as exact as Python's
-    thresholds = torch.linspace(0, 1.02, 52, dtype=torch.float64)
-    return thresholds[((overlaps >= thresholds) == labels).sum(0).argmax()].item()
+    known = [(word_overlap(pair), pair.label) for pair in pairs]
+    thresholds = [step / 50 for step in range(52)]
+    return max(thresholds, key=lambda least: sum((overlap >= least) == label for overlap, label in known))
 
 
 def overlap_accuracy(pairs: Iterable[Pair], threshold: float) -> float:

@@ -26,10 +26,6 @@ FIGURES = {  # of each script's summary, the table's columns
     "sonnet_generation.py": ("dev_loss", "test_loss", "test_bits_per_character", *COST),
     "paraphrase_detection.py": ("dev_accuracy", "dev_macro_f1", "test_accuracy", "test_macro_f1", *COST),
 }
-OUTPUTS = {  # options that name a copy of the predictions; a table's run keeps it to itself
-    "sonnet_generation.py": ("sonnet_out",),
-    "paraphrase_detection.py": ("para_dev_out", "para_test_out"),
-}
 
 
 @dataclass(frozen=True)
@@ -68,14 +64,15 @@ def summary_of(name: str, row: str, seed: int, jobs: int) -> dict:
     folder = ROOT / "runs" / "experiments" / name / f"{row.replace(', ', '-').replace(' ', '_')}-seed{seed}"
     if not (folder / "summary.json").exists():
         command = [sys.executable, str(ROOT / experiment.script), *experiment.rows[row], "--seed", str(seed),
-                   *(f"--{output}={folder / output}.txt" for output in OUTPUTS[experiment.script]),
                    "--out_dir", str(folder), "--resume"]  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)  # the run's working directory: its predictions/ is its own
         threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} if jobs > 1 else {}
         done = subprocess.run(
-            command, capture_output=True, text=True, encoding="utf-8", cwd=ROOT, env=os.environ | threads, check=False
+            command, capture_output=True, text=True, encoding="utf-8", cwd=folder, env=os.environ | threads, check=False
         )
         if done.returncode:
-            raise InputError(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
+            reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+            raise InputError(f"{' '.join(command)} failed: {reason}")
         write_text(folder / "output.txt", done.stdout)
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
@@ -120,7 +117,7 @@ def as_markdown(found: dict[str, list[dict]], columns: tuple[str, ...]) -> str:
     count = len(next(iter(found.values())))
     over = "One seed" if count == 1 else f"Mean ± standard deviation over {count} seeds"
     losses = " Losses are nats a token." if "dev_loss" in columns else ""
-    return "\n".join(lines) + f"\n\n{over}.{losses} Seconds and memory are of training alone.\n"
+    return "\n".join(lines) + f"\n\n{over}.{losses} Seconds are of training alone, memory is the process's peak.\n"
 
 
 def main() -> None:

@@ -1,17 +1,18 @@
-"""The figures a run leaves: learning curves, and what a learned pooling attends to. Colours tell apart in any eye."""
+"""The figures a run leaves: learning curves, and what a learned pooling weighs, in colours for all eyes."""
 
 import io
 import textwrap
 import warnings
 from pathlib import Path
 
-from matplotlib import cm, colormaps
+from matplotlib import cm
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from runs import write_bytes
 
 BLUE, ORANGE = "#0072b2", "#d55e00"
-COLUMNS, LINES = 78, 4  # of a panel's text
+COLUMNS = 78  # characters a line, of a text that is drawn
 
 
 def draw_curves(path: Path, rows: list[dict], title: str, base_loss: float | None = None) -> None:
@@ -41,33 +42,34 @@ def draw_attention(path: Path, examples: list[tuple[str, list[tuple[str, float]]
 
     A weight is shown as a multiple of what it would be if all tokens of the text counted alike.
     """
-    shade = colormaps["Blues"]
-    largest = max(weight for _, tokens in examples for _, weight in tokens)
-    figure = Figure(figsize=(8, 0.6 + 1.15 * len(examples)), layout="constrained")
+    scale = cm.ScalarMappable(Normalize(0, max(weight for _, tokens in examples for _, weight in tokens)), "Blues")
+    texts = [_wrapped(tokens) for _, tokens in examples]
+    lines = [1 + tokens[-1][1] for tokens in texts]
+    figure = Figure(figsize=(8, 0.6 + 0.35 * len(lines) + 0.25 * sum(lines)), layout="constrained")
     figure.suptitle(title, fontsize=10, parse_math=False)
-    panels = figure.subplots(len(examples), 1, squeeze=False)[:, 0]
-    for axes, (heading, tokens) in zip(panels, examples, strict=True):
-        axes.set(xlim=(0, COLUMNS), ylim=(LINES, 0))
+    panels = figure.subplots(len(lines), 1, squeeze=False, height_ratios=lines)[:, 0]
+    for axes, (heading, _), tokens, count in zip(panels, examples, texts, lines, strict=True):
+        axes.set(xlim=(0, COLUMNS), ylim=(count, 0))
         axes.axis("off")
         axes.set_title(textwrap.shorten(heading, 100), fontsize=8, loc="left", parse_math=False)
-        column, line = 0, 0
-        for token, weight in tokens:
-            shown = token.replace("\n", "\u21b5")
-            if column + len(shown) > COLUMNS:
-                column, line = 0, line + 1
-            if line < LINES:
-                axes.text(
-                    column, line + 0.5, shown, family="monospace", fontsize=8.5, va="center", parse_math=False,
-                    color="white" if weight > 0.55 * largest else "black",
-                    bbox={"facecolor": shade(weight / largest), "edgecolor": "none", "pad": 1},
-                )  # fmt: skip
-            column += len(shown)
-    bar = figure.colorbar(
-        cm.ScalarMappable(cmap=shade), ax=panels.tolist(), shrink=0.8, ticks=[0, 0.5, 1]
-    )
-    bar.ax.set_yticklabels([f"{largest * part:.2f}" for part in (0, 0.5, 1)])
-    bar.set_label("weight, times uniform", fontsize=8)
+        for column, line, shown, weight in tokens:
+            axes.text(column, line + 0.5, shown, family="monospace", fontsize=8.5, va="center", parse_math=False,
+                      color="white" if weight > 0.55 * scale.norm.vmax else "black",
+                      bbox={"facecolor": scale.to_rgba(weight), "edgecolor": "none", "pad": 1})  # fmt: skip
+    figure.colorbar(scale, ax=panels.tolist(), shrink=0.8).set_label("weight, times uniform", fontsize=8)
     save(figure, path)
+
+
+def _wrapped(tokens: list[tuple[str, float]]) -> list[tuple[int, int, str, float]]:
+    """Column, line, text and weight of each token, wrapped at COLUMNS characters."""
+    placed, column, line = [], 0, 0
+    for token, weight in tokens:
+        shown = token.replace("\n", "\u21b5")
+        if column + len(shown) > COLUMNS:
+            column, line = 0, line + 1
+        placed.append((column, line, shown, weight))
+        column += len(shown)
+    return placed
 
 
 def save(figure: Figure, path: Path) -> None:

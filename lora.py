@@ -97,7 +97,7 @@ def hold_frozen(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     gpt = backbone(module)
     matrices = [gpt.token_embedding, *(part for part in gpt.modules() if isinstance(part, nn.Linear))]
-    frozen = [part for part in matrices if not part.weight.requires_grad]
+    frozen = [part for part in matrices if not part.weight.requires_grad and part.weight.dtype != dtype]
     if frozen:
         gpt.base_sha256 = fingerprint(gpt)
     for part in frozen:

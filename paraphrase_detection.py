@@ -1,4 +1,4 @@
-"""Fine-tune GPT-2 to judge whether two texts say the same, from its last token's hidden state or a pooling of all.
+"""Fine-tune GPT-2 to judge whether two texts mean the same, from its last token's hidden state or a pooling of all.
 
 python paraphrase_detection.py --pooling generalized              # minutes on a laptop: Bible verses, embedded base
 python paraphrase_detection.py --model_size gpt2 --dataset quora  # 124M weights, Quora's question pairs
@@ -10,26 +10,31 @@ from pathlib import Path
 
 from config import ROOT, HelpFormatter, InputError, exit_cleanly, parse, shared_options
 
-REPORT = {"model_size": "gpt2", "dataset": "quora", "epochs": 3, "batch_size": 8, "patience": 3}
+REPORT = {"model_size": "gpt2", "pair_encoding": "joint", "epochs": 3, "patience": 3,
+          "batch_size": 8, "schedule": "constant", "warmup": 0.0, "max_grad_norm": 0.0}  # fmt: skip
 SPLITS = ("train", "dev", "test")
 DATASETS = {  # the files of train, dev and test, and what makes them
     "verses": (("verses-train.csv", "verses-dev.csv", "verses-test.csv"), "data/build_verses.py"),
     "quora": (("quora-train.csv", "quora-dev.csv", "quora-test-student.csv"), "data/download_quora.py"),
 }
 POOLINGS = ("last", "mean", "max", "generalized", "multihead")
+PENALTIES = {"parameter_penalty": 0.01, "attention_penalty": 0, "vector_penalty": 0}  # multihead's, and its defaults
 ERRORS = 10  # in errors.md
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    what, files = shared_options(parser, "paraphrases", epochs=3)
+    what, files = shared_options(
+        parser, "paraphrases", epochs=3, batch_size=16, schedule="linear", warmup=0.06, max_grad_norm=1.0
+    )
     what.add_argument("--pooling", default="last", choices=POOLINGS, help="how hidden states become one vector")
-    what.add_argument("--pair_encoding", default="joint", choices=("joint", "separate"),
-                      help="joint: one prompt holds both texts; separate: each is read alone")  # fmt: skip
-    for name in ("parameter", "attention", "vector"):
-        what.add_argument(f"--{name}_penalty", type=float, metavar="N", default=0.01 if name == "parameter" else 0.0,
-                          help=f"multihead's weight of the penalty on like heads' {name}s")  # fmt: skip
-    what.add_argument("--dataset", choices=DATASETS, help="verses (default), or quora: run data/download_quora.py once")
+    what.add_argument("--pair_encoding", choices=("joint", "separate"), help="joint: one prompt holds both texts "
+                      "(default, but for tiny); separate: each is read alone (tiny's default)")  # fmt: skip
+    for name, default in PENALTIES.items():
+        what.add_argument(f"--{name}", type=float, metavar="N", help="multihead: weight of the penalty on heads of "
+                          f"like {name.split('_')[0]}s (default {default})")  # fmt: skip
+    what.add_argument("--dataset", choices=DATASETS, help="verses (default, but for the report's preset), "
+                      "or quora: run data/download_quora.py once")  # fmt: skip
     for split in SPLITS:
         files.add_argument(f"--para_{split}", metavar="FILE", help=f"{split} pairs, instead of the dataset's")
     for split in SPLITS[1:]:
@@ -39,14 +44,19 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--model", metavar="DIR", help="a run's best/ folder, for --predict_only; "
                       "of a LoRA run, --model_size names its base")  # fmt: skip
     options = parse(parser, arguments, "paraphrases", REPORT)
+    if options.pair_encoding is None:  # tiny never learns to compare within a prompt: results/poolings.md
+        options.pair_encoding = "separate" if options.model_size == "tiny" else "joint"
     if bool(options.model) != options.predict_only:
         raise InputError("--predict_only and --model DIR go together; to train from a folder, name it by --model_size")
+    if options.predict_only and (options.resume or options.out_dir):
+        raise InputError("--predict_only makes no run: leave --resume and --out_dir out")
     needed = SPLITS[1:] if options.predict_only else SPLITS
     named = [split for split in needed if getattr(options, f"para_{split}")]
     if named and len(named) < len(needed) and not options.dataset:
         lacking = " and ".join(f"--para_{split}" for split in needed if split not in named)
         raise InputError(f"--para_{named[0]} is given without {lacking}; name them too, or --dataset for the rest")
-    options.dataset = options.dataset or ("files" if named else "verses")
+    default = "files" if named else "quora" if options.preset else "verses"
+    options.dataset = "files" if len(named) == len(needed) else options.dataset or default
     for split, name in zip(SPLITS, DATASETS.get(options.dataset, [()])[0], strict=False):
         path = getattr(options, f"para_{split}") or str(ROOT / "data" / name)
         setattr(options, f"para_{split}", path)
@@ -62,8 +72,8 @@ def main(options: argparse.Namespace) -> None:
     from lora import apply_lora, hold_frozen
     from models.gpt2 import GPT2Model
     from models.paraphrase_gpt import ParaphraseGPT
-    from runs import Run, facts, parameter_counts, summary, write_json, write_text
-    from training import Task, introduce, precision, settings, train
+    from runs import parameter_counts, summary, write_json, write_text
+    from training import Task, precision, settings, start, train
 
     config, lora_config, device, dtype = settings(options)
     paths = {split: getattr(options, f"para_{split}") for split in SPLITS}
@@ -96,9 +106,9 @@ def main(options: argparse.Namespace) -> None:
         return logits, {f"{split}_{name}": value for name, value in found.items()}
 
     sets = {split: read(split) for split in (SPLITS[1:] if options.predict_only else SPLITS)}
+    sizes = ", ".join(f"{len(data):,} {split}" for split, data in sets.items())
     outputs = {split: Path(getattr(options, f"para_{split}_out")) for split in SPLITS[1:]}
     if options.predict_only:
-        sizes = ", ".join(f"{len(data):,} {split}" for split, data in sets.items())
         print(f"paraphrases: {options.model} judges pairs ({sizes})")
         figures = {}
         for split, data in sets.items():
@@ -108,13 +118,10 @@ def main(options: argparse.Namespace) -> None:
         print(f"\n{comparison(figures, sets)}\n\npredictions: {', '.join(map(str, outputs.values()))}")
         return
 
-    how = f"{options.pooling}-{options.pair_encoding}"
-    name = f"{Path(options.model_size).name}-{how}-{options.method}-seed{config.seed}"
-    run = Run("paraphrases", name, vars(options), facts(device, dtype, list(paths.values())))
-    sizes = ", ".join(f"{len(data):,} {split}" for split, data in sets.items())
-    title = introduce(f"paraphrases, {options.dataset} ({sizes}), {options.pooling} pooling, {options.pair_encoding}",
-                      model, options, run, device, dtype)  # fmt: skip
-    if options.use_lora and dtype != torch.float32:
+    variant = (options.pooling, options.pair_encoding)
+    files = list(paths.values())
+    run, title = start("paraphrases", variant, f"{options.dataset} ({sizes})", files, model, options, device, dtype)
+    if options.use_lora:
         hold_frozen(model, dtype)
     train_set, dev_set = sets["train"], sets["dev"]
     task = Task(
@@ -151,22 +158,19 @@ def main(options: argparse.Namespace) -> None:
         examples = attention(model, dev_set, logits["dev"])
     if examples:
         draw_attention(run.folder / "attention.png", examples, f"what {options.pooling} pooling weighs")
-    write_json(run.folder / "summary.json", {
-        "task": "paraphrases", "model": options.model_size, "method": options.method, "seed": config.seed,
-        "dataset": options.dataset, "pooling": options.pooling, "pair_encoding": options.pair_encoding, **counts,
-        **summary(progress), **figures,
-    })  # fmt: skip
+    how = {name: getattr(options, name) for name in ("dataset", "pooling", "pair_encoding")}
+    write_json(run.folder / "summary.json", summary("paraphrases", options, counts, progress) | how | figures)
     print(f"\n{comparison(figures, sets)}\n\npredictions: {', '.join(map(str, outputs.values()))}\n"
           f"errors, curves, metrics, best model, summary: {run.folder}")  # fmt: skip
 
 
 def penalties(options: argparse.Namespace) -> dict[str, float]:
-    """Multihead's settings; the other poolings have none."""
-    names = ("parameter_penalty", "attention_penalty", "vector_penalty") if options.pooling == "multihead" else ()
-    for name in names:
-        if not 0 <= getattr(options, name) < float("inf"):
-            raise InputError(f"--{name} must be at least 0, not {getattr(options, name)}")
-    return {name: getattr(options, name) for name in names}
+    """Multihead's settings that were given. Raises InputError for one out of range, or beside another pooling."""
+    given = {name: getattr(options, name) for name in PENALTIES if getattr(options, name) is not None}
+    for name, value in given.items():
+        if options.pooling != "multihead" or not 0 <= value < float("inf"):
+            raise InputError(f"--{name} {value} can't be used: it goes with --pooling multihead, and is at least 0")
+    return given
 
 
 def as_file(ids: list[str], logits) -> str:
@@ -176,24 +180,22 @@ def as_file(ids: list[str], logits) -> str:
 
 
 def comparison(figures: dict, sets: dict) -> str:
-    """What the model gets beside what needs no model, a column a split whose labels are known."""
-    rows = {"": [], "always the commoner answer": [], "word overlap, threshold from train": [],
-            "accuracy, 95 % interval": [], "macro F1": [], "no: judged no, judged yes": [],
-            "yes: judged no, judged yes": []}  # fmt: skip
+    """The model's figures beside two baselines, one column a labelled split."""
+    columns = [("", "always the commoner answer", "word overlap, threshold from train", "accuracy, 95 % interval",
+                "macro F1", "no: judged no, judged yes", "yes: judged no, judged yes")]  # fmt: skip
     for split, data in sets.items():
         found = {name.removeprefix(f"{split}_"): value for name, value in figures.items() if name.startswith(split)}
-        if "accuracy" not in found:
+        if not found:
             continue
         share, yes = found["accuracy"], found["yes_judged_no"] + found["yes_judged_yes"]
         overlap = found.get("word_overlap_accuracy")
-        cells = (
-            split, f"{max(yes, len(data) - yes) / len(data):.1%}", "" if overlap is None else f"{overlap:.1%}",
+        columns.append((
+            split, f"{max(yes, len(data) - yes) / len(data):.1%}", "-" if overlap is None else f"{overlap:.1%}",
             f"{share:.1%} ± {1.96 * math.sqrt(share * (1 - share) / len(data)):.1%}", f"{found['macro_f1']:.3f}",
             *(f"{found[f'{gold}_judged_no']}, {found[f'{gold}_judged_yes']}" for gold in ("no", "yes")),
-        )  # fmt: skip
-        for row, cell in zip(rows.values(), cells, strict=True):
-            row.append(cell)
-    return "\n".join(f"{label:<34}" + "".join(f"{cell:>16}" for cell in row) for label, row in rows.items() if any(row))
+        ))  # fmt: skip
+    return "\n".join(f"{label:<34}" + "".join(f"{cell:>16}" for cell in cells)
+                     for label, *cells in zip(*columns, strict=True))  # fmt: skip
 
 
 def errors(logits, data) -> str:
@@ -218,21 +220,18 @@ def attention(model, data, logits) -> list[tuple[str, list[tuple[str, float]]]]:
     predicted, examples = logits.argmax(1), []
     device = next(model.parameters()).device
     for gold, guess in ((1, 1), (0, 0), (1, 0), (0, 1)):
-        found = ((data.labels == gold) & (predicted == guess)).nonzero()
-        if not len(found):
-            continue
-        row = found[0].item()
-        batch = data.collate([row])
-        with torch.no_grad():
-            weights = model.token_weights(batch["input_ids"].to(device), batch["attention_mask"].to(device))
-        if weights is None:
-            return []
-        tokens = []
-        for text, weight in zip(data.texts(row), weights.flatten(0, -2).cpu(), strict=True):
-            shown = [model.gpt.tokenizer.decode([token], skip_special_tokens=False) for token in text.tolist()]
-            tokens += zip(shown, (weight[: len(text)] * len(text)).tolist(), strict=True)
-        answer = "yes" if guess else "no"
-        examples.append((f"{data.ids[row]}: judged {answer}, {'right' if gold == guess else 'wrong'}", tokens))
+        for row in ((data.labels == gold) & (predicted == guess)).nonzero()[:1, 0].tolist():
+            batch = data.collate([row])
+            with torch.no_grad():
+                weights = model.token_weights(batch["input_ids"].to(device), batch["attention_mask"].to(device))
+            if weights is None:
+                return []
+            tokens = []
+            for text, weight in zip(data.texts(row), weights.flatten(0, -2).cpu(), strict=True):
+                shown = [data.tokenizer.decode([token], skip_special_tokens=False) for token in text.tolist()]
+                tokens += zip(shown, (weight[: len(text)] * len(text)).tolist(), strict=True)
+            answer = "yes" if guess else "no"
+            examples.append((f"{data.ids[row]}: judged {answer}, {'right' if gold == guess else 'wrong'}", tokens))
     return examples
 
 

@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from config import ROOT, InputError
 
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "huggingface_hub", "sacrebleu")
-NOT_COMPARED = ("resume", "out_dir")  # options that do not change what is computed
+# options that do not change what is computed
+NOT_COMPARED = {"resume", "out_dir", "use_gpu", "checkpoint_every", "sonnet_out", "para_dev_out", "para_test_out"}
 
 
 @contextlib.contextmanager
@@ -73,7 +74,7 @@ class Run:
 
     def __init__(self, task: str, name: str, options: dict, facts: dict):
         """Open the folder and write config.json. Raises InputError for a named folder that holds another run."""
-        self.options = {key: value for key, value in options.items() if key not in NOT_COMPARED}
+        self.options = options
         named = Path(options["out_dir"]) if options["out_dir"] else None
         parent = ROOT / "runs" / task
         self.resumed = False
@@ -110,8 +111,10 @@ class Run:
         wanted = json.loads(json.dumps({"options": self.options, **facts}))
         try:
             known = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            for name in NOT_COMPARED:
+                known["options"].pop(name, None), wanted["options"].pop(name, None)
             same = all(known.get(key) == wanted.get(key) for key in ("options", "data_sha256", "device_type", "dtype"))
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, KeyError, TypeError):
             return False
         return same and not (folder / "summary.json").exists()
 
@@ -185,17 +188,19 @@ def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
     }
 
 
-def summary(progress) -> dict:
+def summary(task: str, options, counts: dict[str, int], progress) -> dict:
     """The part of summary.json that every task shares, from a run's Progress; times are of training alone."""
     rows = progress.rows
+    about = {"task": task, "model": options.model_size, "method": options.method, "seed": options.seed, **counts}
     peaks = [row["peak_memory_gb"] for row in rows if row["peak_memory_gb"] is not None]
-    shared = {"epochs": len(rows), "best_epoch": progress.best_epoch, "peak_memory_gb": max(peaks, default=None)}
+    shared = {**about, "epochs": len(rows), "best_epoch": progress.best_epoch,
+              "peak_memory_gb": max(peaks, default=None)}  # fmt: skip
     if rows:
         seconds = sum(row["seconds"] for row in rows)
         shared |= {
             "first_train_loss": rows[0]["train_loss"],
             "final_train_loss": rows[-1]["train_loss"],
-            "best_dev_loss": min(row["dev_loss"] for row in rows),
+            "best_dev_loss": rows[progress.best_epoch - 1]["dev_loss"],
             "train_seconds": round(seconds, 3),
             "seconds_per_epoch": round(seconds / len(rows), 3),
             "tokens_per_second": round(sum(row["tokens_per_second"] * row["seconds"] for row in rows) / seconds, 1),

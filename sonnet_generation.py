@@ -38,15 +38,13 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(options: argparse.Namespace) -> None:
     # imported here, so that --help and a mistyped option are answered at once
-    import torch
-
     from datasets import SonnetsDataset, bucketed_batches, read_sonnets
     from evaluation import language_model_figures, sonnet_figures
     from lora import apply_lora, hold_frozen, load_adapter, merge_lora, save_adapter
     from models.gpt2 import GPT2Model
     from models.sonnet_gpt import SonnetGPT, check_sampling
-    from runs import Run, facts, parameter_counts, summary, write_json, write_text
-    from training import Task, introduce, precision, settings, train
+    from runs import parameter_counts, summary, write_json, write_text
+    from training import Task, precision, settings, start, train
 
     config, lora_config, device, dtype = settings(options)
     sampling = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens")}
@@ -78,12 +76,9 @@ def main(options: argparse.Namespace) -> None:
     train_set, dev_set = SonnetsDataset(sonnets, model.gpt), SonnetsDataset(dev, model.gpt)
     whole = all(sonnet.continuation for sonnet in held_out)  # the course's file has three lines of each: no loss then
     test_set = SonnetsDataset(held_out, model.gpt) if whole else None
-    name = f"{Path(options.model_size).name}-{options.method}-seed{config.seed}"
     files = [options.sonnet_path, options.dev_sonnet_path, options.held_out_sonnet_path]
-    run = Run("sonnets", name, vars(options), facts(device, dtype, files))
-
-    data = f"sonnets ({len(sonnets)} train, {len(dev)} dev, {len(held_out)} test)"
-    title = introduce(data, model, options, run, device, dtype)
+    data = f"{len(sonnets)} train, {len(dev)} dev, {len(held_out)} test"
+    run, title = start("sonnets", (), data, files, model, options, device, dtype)
     known = {sonnet.text for sonnet in sonnets}
     if seen := sum(sonnet.text in known for sonnet in [*dev, *held_out]):
         print(f"note: {seen} dev or test sonnets are in the training file too: their losses say nothing about new text")
@@ -96,7 +91,7 @@ def main(options: argparse.Namespace) -> None:
         return {f"{split}_{name}": value for name, value in found.items()}
 
     base = figures(model, dev_set, "dev") | figures(model, test_set, "test")
-    if options.use_lora and dtype != torch.float32:
+    if options.use_lora:
         hold_frozen(model, dtype)
     task = Task(
         batches=lambda epoch: bucketed_batches(train_set.lengths, config.batch_size, config.seed, epoch),
@@ -125,10 +120,8 @@ def main(options: argparse.Namespace) -> None:
         from figures import draw_curves  # matplotlib takes a moment
 
         draw_curves(run.folder / "curves.png", progress.rows, title, base["dev_loss"])
-    write_json(run.folder / "summary.json", {
-        "task": "sonnets", "model": options.model_size, "method": options.method, "seed": config.seed, **counts,
-        **summary(progress), **{f"base_{name}": value for name, value in base.items()}, **tuned, **form,
-    })  # fmt: skip
+    before = {f"base_{name}": value for name, value in base.items()}
+    write_json(run.folder / "summary.json", summary("sonnets", options, counts, progress) | before | tuned | form)
     print(f"\n{preview(held_out, texts)}\n\n{comparison(base, tuned, form)}\n")
     print(f"sonnets: {options.sonnet_out}\ncurves, metrics, best model, summary: {run.folder}")
 

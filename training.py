@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import InputError, Interrupted, LoRAConfig, TrainConfig, from_options
-from runs import Run, parameter_counts, peak_memory_gb, replacing_folder
+from runs import Run, facts, parameter_counts, peak_memory_gb, replacing_folder
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,6 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     progress = _restore(run, parameters, optimizer, scaler, device)
     run.write_metrics(progress.rows)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     steps = len(task.batches(0))
     with tqdm(total=config.epochs * steps, unit="step", disable=None, leave=False) as bar, _signals() as stop:
         bar.update(progress.epoch * steps + progress.step)
@@ -66,6 +64,8 @@ def train(
             bar.set_description(f"epoch {progress.epoch + 1}/{config.epochs}")
             batches = task.batches(progress.epoch)
             model.train()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
             while progress.step < steps:
                 start = time.perf_counter()
                 done = progress.epoch * steps + progress.step
@@ -132,9 +132,10 @@ def _end_epoch(model, task: Task, run: Run, progress: Progress, rate: float, dev
     with torch.no_grad():
         figures = task.evaluate(model)
     progress.epoch += 1
+    for name, value in figures.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{name} is {value} after epoch {progress.epoch}; try a smaller --lr")
     score = figures[task.metric]
-    if not math.isfinite(score):
-        raise FloatingPointError(f"{task.metric} is {score} after epoch {progress.epoch}; try a smaller --lr")
     if progress.best is None or (score > progress.best if task.larger_is_better else score < progress.best):
         progress.best, progress.best_epoch = score, progress.epoch
         with replacing_folder(run.best) as folder:
@@ -224,19 +225,23 @@ def settings(options: argparse.Namespace) -> tuple[TrainConfig, LoRAConfig, torc
     return config, lora_config, device, dtype
 
 
-def introduce(data: str, model: nn.Module, options: argparse.Namespace, run: Run, device, dtype) -> str:
-    """Print what is about to be trained, on what and how; returns a title for its figures."""
+def start(task: str, variant: tuple[str, ...], data: str, files: list[str], model: nn.Module,
+          options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple[Run, str]:  # fmt: skip
+    """Open the run's folder and print what is about to be trained; returns the run and a title for its figures."""
+    name = "-".join([Path(options.model_size).name, *variant, options.method, f"seed{options.seed}"])
+    run = Run(task, name, vars(options), facts(device, dtype, files))
     method = "full fine-tuning"
     if options.use_lora:
         method = f"LoRA rank {options.lora_rank} on {', '.join(options.lora_targets)}"
+    title = ", ".join([options.model_size, *variant, method])
     counts = parameter_counts(model)
-    print(f"{data}, {options.model_size}, {method}")
+    print(f"{task}, {data}: {title}")
     print(f"{counts['trainable_parameters']:,} of {counts['total_parameters']:,} parameters train, in "
           f"{describe_dtype(dtype, device)}; learning rate {options.lr:g}")  # fmt: skip
     if options.resume:
         saved = "goes on with" if run.state_path.exists() else "finds nothing saved and starts from the beginning in"
         print(f"--resume {saved} {run.folder}")
-    return f"{options.model_size}, {method}"
+    return run, title
 
 
 def choose_device(name: str, use_gpu: bool = False) -> torch.device:

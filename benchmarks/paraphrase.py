@@ -3,13 +3,13 @@
     python benchmarks/paraphrase.py MODEL PAIRS_CSV [--dtypes float32 bfloat16] [--rounds 5] [--steps 20]
 
 The same random pairs for all, in batches of 8; GPT-2's dropout, AdamW. transformers: GPT2ForSequenceClassification,
-random batches padded to each one's longest. Ours: the step of paraphrase_detection.py over its bucketed batches.
-Writes benchmarks/results/paraphrase.csv.
+random batches padded to each one's longest, or bucketed as ours are. Ours: the step of paraphrase_detection.py over
+its bucketed batches, both texts in one prompt. Writes benchmarks/results/paraphrase.csv.
 """
 
 from harness import parser, product_rate, ratio, run, timed_steps
 
-CASES = ["transformers", "full-last", "full-generalized", "lora-generalized"]
+CASES = ["transformers", "transformers-bucketed", "full-last", "full-generalized", "lora-generalized"]
 BATCH = 8
 
 
@@ -20,19 +20,9 @@ def measure(case: str, dtype_name: str) -> dict[str, float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, dtype_name)
     torch.manual_seed(0)
-    make = transformers_step if case == "transformers" else our_step
+    make = transformers_step if case.startswith("transformers") else our_step
     loss_of, parameters, batches = make(case, dtype, device)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
-
-    def step(batch: dict) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = loss_of({name: value.to(device) for name, value in batch.items()})
-        loss.backward()
-        optimizer.step()
-        loss.item()
-
-    figures = timed_steps(step, batches, device)
+    figures = timed_steps(loss_of, parameters, batches, device, dtype)
     real = sum(int(batch["attention_mask"].sum()) for batch in batches[1:])
     return {"pairs_s": BATCH * (len(batches) - 1) / figures.pop("total_s"), **figures,
             "real_tokens_a_step": real / (len(batches) - 1),
@@ -48,9 +38,7 @@ def chosen_rows(count: int) -> list[int]:
 
 
 def our_step(case: str, dtype, device):
-    """Loss, parameters and the first batches of the paraphrase task."""
-    import torch
-
+    """Loss, parameters and batches of the paraphrase task."""
     from config import LoRAConfig
     from datasets import PairsDataset, bucketed_batches
     from lora import apply_lora, hold_frozen
@@ -61,8 +49,7 @@ def our_step(case: str, dtype, device):
     model = ParaphraseGPT(GPT2Model.from_pretrained(options.model), pooling)
     if method == "lora":
         apply_lora(model, LoRAConfig())
-        if dtype != torch.float32:
-            hold_frozen(model, dtype)
+        hold_frozen(model, dtype)
     model.to(device).train()
     data = PairsDataset(options.pairs, model.gpt)
     rows, lengths = chosen_rows(len(data)), data.lengths
@@ -76,7 +63,7 @@ def transformers_step(case: str, dtype, device):
     import torch
     from transformers import AutoTokenizer, GPT2ForSequenceClassification
 
-    from datasets import prompt, read_pairs
+    from datasets import bucketed_batches, prompt, read_pairs
 
     pairs = list(read_pairs(options.pairs, "check the path", []))
     order = chosen_rows(len(pairs))
@@ -86,18 +73,21 @@ def transformers_step(case: str, dtype, device):
         options.model, num_labels=2, pad_token_id=tokenizer.eos_token_id, dtype=torch.float32
     )
     model.to(device).train()
+    texts = [prompt(pairs[row].sentence1, pairs[row].sentence2) for row in order]
+    buckets = [range(start, start + BATCH) for start in range(0, len(order), BATCH)]
+    if case == "transformers-bucketed":
+        buckets = bucketed_batches([len(ids) for ids in tokenizer(texts)["input_ids"]], BATCH, seed=0, epoch=0)
     batches = []
-    for start in range(0, len(order), BATCH):
-        part = [pairs[row] for row in order[start : start + BATCH]]
-        texts = [prompt(pair.sentence1, pair.sentence2) for pair in part]
-        batch = tokenizer(texts, return_tensors="pt", padding=True)
-        batches.append({**batch, "labels": torch.tensor([pair.label for pair in part])})
+    for bucket in buckets:
+        batch = tokenizer([texts[index] for index in bucket], return_tensors="pt", padding=True)
+        batches.append({**batch, "labels": torch.tensor([pairs[order[index]].label for index in bucket])})
     return lambda batch: model(**batch).loss, list(model.parameters()), batches
 
 
 if __name__ == "__main__":
     options = parser(__doc__)
     options.add_argument("pairs", help="a tab-separated file of pairs")
+    options.set_defaults(steps=20)
     options = options.parse_args()
     rows = run(options, measure, CASES, "paraphrase")
     for dtype in options.dtypes:

@@ -1,4 +1,4 @@
-"""GPT-2 as a judge of pairs: do two texts say the same? A pooling over its hidden states and a head of two classes."""
+"""GPT-2 as a judge of pairs: do two texts mean the same? A pooling over its hidden states and a head of two classes."""
 
 import json
 from pathlib import Path
@@ -41,12 +41,14 @@ class ParaphraseGPT(nn.Module):
         return self._classify(*self._encode(input_ids, attention_mask))
 
     def loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy, in nats a pair, against labels (B,) of 0 and 1, and the pooling's penalty."""
+        """Mean cross-entropy, in nats a pair, against labels (B,) of 0 and 1; the pooling's penalty is added to it."""
         hidden, mask = self._encode(input_ids, attention_mask)
         return F.cross_entropy(self._classify(hidden, mask).float(), labels) + self.pooling.penalty(hidden, mask)
 
     def _encode(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states of every text, a text a row, and its mask."""
+        if input_ids.ndim != (3 if self.settings["pair_encoding"] == "separate" else 2):
+            raise ValueError(f"input_ids is {tuple(input_ids.shape)}; expected (B, T) joint, (B, 2, T) separate")
         rows, mask = input_ids.flatten(0, -2), attention_mask.flatten(0, -2)
         return self.gpt(rows, mask)["last_hidden_state"], mask
 
@@ -55,7 +57,8 @@ class ParaphraseGPT(nn.Module):
         if self.settings["pair_encoding"] == "separate":
             first, second = pooled[0::2], pooled[1::2]
             pooled = torch.cat([first, second, (first - second).abs(), first * second], dim=1)
-        return self.head(pooled)
+        with torch.autocast(pooled.device.type, enabled=False):  # a product of two features may overflow float16
+            return self.head(pooled)
 
     def token_weights(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
         """How much each token counts in a learned pooling, in the shape of the ids; else None."""
@@ -78,9 +81,13 @@ class ParaphraseGPT(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the GPT-2's folder, or its adapter's where it has one, and head.safetensors beside it."""
         (save_adapter if adapters(self.gpt) else GPT2Model.save_pretrained)(self.gpt, folder)
-        own = {name: tensor.detach().to("cpu", torch.float32).contiguous()
-               for name, tensor in self.state_dict().items() if not name.startswith("gpt.")}  # fmt: skip
+        own = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in self._own.state_dict().items()}
         save_file(own, Path(folder) / HEAD_FILE, metadata={"settings": json.dumps(self.settings)})
+
+    @property
+    def _own(self) -> nn.ModuleDict:
+        """What the GPT-2 does not have."""
+        return nn.ModuleDict({"pooling": self.pooling, "head": self.head})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, base: str | Path = "tiny") -> "ParaphraseGPT":
@@ -99,12 +106,7 @@ class ParaphraseGPT(nn.Module):
         try:
             with safe_open(path, "pt") as file:
                 model = cls(gpt, **json.loads((file.metadata() or {})["settings"]))
-                own = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-            found = model.load_state_dict(own, strict=False)
-            lacking = [name for name in found.missing_keys if not name.startswith("gpt.")]
-            unknown = [name for name in own if name.startswith("gpt.")] + found.unexpected_keys
-            if lacking or unknown:
-                raise ValueError(f"lacks {lacking}, holds unknown {unknown}")
+                model._own.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{path} is not the head of this model ({error!r}); train it anew") from error
         return model.eval()

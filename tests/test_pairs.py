@@ -208,7 +208,7 @@ def test_pairs_in_several_chunks_keep_their_order(dataset):
     """A file is tokenized 4096 pairs at a time."""
     data = dataset([(f"w{row}", "z") for row in range(4100)], "separate")
     assert data.ids == [f"p{row}" for row in range(4100)]
-    assert all(data.gpt.tokenizer.decode(data.texts(row)[0].tolist()) == f"w{row}" for row in (0, 4095, 4096, 4099))
+    assert all(data.tokenizer.decode(data.texts(row)[0].tolist()) == f"w{row}" for row in (0, 4095, 4096, 4099))
     assert data.labels.tolist() == [row % 2 for row in range(4100)]
     assert [pair.id for pair in data.read()] == data.ids
 

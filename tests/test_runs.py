@@ -66,7 +66,7 @@ def test_a_name_that_is_taken_gets_a_counter(root):
     folders = [Run("sonnets", "tiny-full-1", options(), {"commit": "abc"}).folder for _ in range(3)]
     assert folders == [root / "runs" / "sonnets" / name for name in ("tiny-full-1", "tiny-full-1-2", "tiny-full-1-3")]
     written = json.loads((folders[2] / "config.json").read_text(encoding="utf-8"))
-    assert written == {"options": {"lr": 0.1}, "commit": "abc"}
+    assert written == {"options": options(), "commit": "abc"}
 
 
 def test_a_named_folder_is_never_taken_twice(tmp_path):
