@@ -1,8 +1,8 @@
 """A question to a table: runs of a task script over options and seeds, gathered in results/NAME.csv and NAME.md.
 
     python experiments.py sonnets              # base, full fine-tuning and LoRA, three seeds
-    python experiments.py poolings             # five poolings by two encodings of a pair
-    python experiments.py learning_rate        # the sweeps behind the default learning rates
+    python experiments.py poolings             # five poolings by two encodings of a pair, two epochs each
+    python experiments.py learning_rate        # a sweep behind default learning rates; so is paraphrase_learning_rate
 
 Runs are kept in runs/experiments, so an interrupted table goes on where it stopped. They are found by row and seed:
 after a change of code or defaults, delete runs/experiments/NAME to run them anew.
@@ -47,9 +47,15 @@ EXPERIMENTS = {
         | {f"LoRA, {rate}": ["--use_lora", "--lr", rate] for rate in ("5e-4", "1e-3", "2e-3")},
         seeds=(1,),
     ),
+    "paraphrase_learning_rate": Experiment(
+        "paraphrase_detection.py",
+        {f"full fine-tuning, {rate}": ["--pooling", "generalized", "--lr", rate] for rate in ("2e-4", "5e-4")}
+        | {f"LoRA, {rate}": ["--pooling", "generalized", "--use_lora", "--lr", rate] for rate in ("1e-3", "2e-3")},
+        seeds=(1,),
+    ),
     "poolings": Experiment(
         "paraphrase_detection.py",
-        {f"{pooling}, {encoding}": ["--pooling", pooling, "--pair_encoding", encoding]
+        {f"{pooling}, {encoding}": ["--pooling", pooling, "--pair_encoding", encoding, "--epochs", "2"]
          for encoding in ("joint", "separate") for pooling in ("last", "mean", "max", "generalized", "multihead")},
         seeds=(11711,),
     ),
