@@ -40,14 +40,18 @@ NAMES = sorted({name for pairs in TRANSLATION_PAIRS.values() for pair in pairs f
 LARGEST_SHARE = 0.25  # of a Testament's pairs that one ordered pair of translations may have
 
 WORDS = range(6, 61)
+LOSING_SPEECH = ("oeb", "mont")  # these wheels lost the words said in some verses
 PSALMS, LETTERED = 19, 19119  # the book; the chapter with a Hebrew letter above every eighth verse
 _DAMAGED = re.compile(r"crosswire|;\d")  # oeb's note that a verse number may be wrong; text of other verses in mont
-_HEADING = re.compile(r"(?: BOOK [IVX]+)? Psalm \d+.*$| [A-Z]{2,}$")  # web: of the Psalm, or the letter, that follows
+_HEADING = re.compile(
+    r"(?: BOOK [IVX]+)? Psalm \d+.*$|(?<=[.?!\"'])(?: [A-Z]{2,})+$"
+)  # web: of the Psalm, or the letter, that follows
+_SPEECHLESS = re.compile(r": [A-Z]|\b(?:said|saying|asked|answered|replied|reply)\W*$|:$")
 _SPACE = re.compile(r"(?<=\() | (?=[,.;:)])")
 REFERENCES = ("kjv", "web", "ylt", "dar")  # number alike: a verse must be nearest to its own number in the others
 SLIP = 3  # how many verses off a misnumbered one may be
 LEAST_COSINE, MOST_JACCARD = 0.03, 0.6  # of a positive: below, a reader may not tell; above, it is nearly a copy
-MOST_RATIO = 0.55  # of a pair's lengths, a logarithm: oeb and mont lost the speech of some verses
+MOST_RATIO = 0.55  # of a pair's lengths, a logarithm: beyond, one may lack a part
 SAME = 0.3  # cosine of two verses in one translation from which they may say the same
 TOLERANCE = np.array([0.06, 0.08, 0.3])  # how far a negative's Jaccard, cosine, lengths may be from its anchor's own
 # What a text alone tells: words on which translations differ ("thou") are rarer in a verse that many others are like.
@@ -100,11 +104,13 @@ def clean(text: str) -> str:
 
 @cache
 def usable(name: str) -> dict[int, str]:
-    """A translation's verses, clean, of sensible length; without those of Psalms that may begin with a heading."""
+    """A translation's verses, clean, of sensible length; without those that may hold headings or lack speech."""
     verses = {verse: clean(text) for verse, text in read_translation(name).items() if not _DAMAGED.search(text)}
-    titles = {verse for verse in verses if book_of(verse) == PSALMS and verse % 1000 == 1}
-    titles |= {verse for verse in verses if verse // 1000 == LETTERED and verse % 8 == 1}
-    return {verse: text for verse, text in verses.items() if verse not in titles and len(text.split()) in WORDS}
+    unsure = {verse for verse in verses if book_of(verse) == PSALMS and verse % 1000 == 1}
+    unsure |= {verse for verse in verses if verse // 1000 == LETTERED and verse % 8 == 1}
+    if name in LOSING_SPEECH:
+        unsure |= {verse for verse, text in verses.items() if _SPEECHLESS.search(text)}
+    return {verse: text for verse, text in verses.items() if verse not in unsure and len(text.split()) in WORDS}
 
 
 def cosines(first: list[str], second: list[str]) -> np.ndarray:
