@@ -151,8 +151,9 @@ class TrainConfig:
             raise InputError(f"--seed must be below 2**63, not {self.seed}")
 
 
-# AdamW's learning rates. For tiny, the best on dev of the sweeps in data/README.md. For the GPT-2 sizes, from papers
-# and untested here: Li and Liang 2021 (arXiv 2101.00190) for all weights, Hu et al. 2021 (table 11) for LoRA.
+# AdamW's learning rates. For tiny, the best on dev of the sweep in data/README.md (sonnets), or good first choices
+# (paraphrases; `experiments.py paraphrase_learning_rate` compares others). For the GPT-2 sizes, from papers and
+# untested here: Li and Liang 2021 (arXiv 2101.00190) for all weights, Hu et al. 2021 (table 11) for LoRA.
 _GPT2_RATES = {"full": 5e-5, "lora": 2e-4}
 LEARNING_RATES = {
     "sonnets": {"tiny": {"full": 1e-4, "lora": 1e-3}, "report": {"full": 1e-5, "lora": 1e-4}},
