@@ -53,13 +53,18 @@ def main(options: argparse.Namespace) -> None:
     held_out = read_sonnets(options.held_out_sonnet_path)
     prompts = [sonnet.prompt for sonnet in held_out]
 
+    def generate(model: SonnetGPT, prompts: list[str], **settings) -> list[str]:
+        hold_frozen(model.requires_grad_(False), dtype)
+        with precision(device, dtype):
+            return model.generate(prompts, **sampling, **settings)
+
     if options.generate_only:
         model = SonnetGPT(GPT2Model.from_pretrained(options.model or options.model_size))
         if options.adapter:
             merge_lora(load_adapter(model, options.adapter))
         source = " + ".join(filter(None, (options.model or options.model_size, options.adapter)))
         print(f"sonnets: {source} continues the {len(held_out)} sonnets of {options.held_out_sonnet_path}")
-        texts = model.to(device).generate(prompts, **sampling)
+        texts = generate(model.to(device), prompts)
         write_text(Path(options.sonnet_out), as_file(held_out, texts))
         print(f"{preview(held_out, texts)}\n\nall {len(texts)} are in {options.sonnet_out}")
         return
@@ -111,8 +116,8 @@ def main(options: argparse.Namespace) -> None:
         load_adapter(model, run.best)
     tuned = figures(model, dev_set, "dev") | figures(model, test_set, "test")
     merge_lora(model)
-    texts = model.generate(prompts, **sampling)
-    form = sonnet_figures(model.generate([sonnet.prompt for sonnet in dev], max_lines=None, **sampling), dev, sonnets)
+    texts = generate(model, prompts)
+    form = sonnet_figures(generate(model, [sonnet.prompt for sonnet in dev], max_lines=None), dev, sonnets)
 
     for path in (run.folder / "predictions" / "generated_sonnets.txt", Path(options.sonnet_out)):
         write_text(path, as_file(held_out, texts))

@@ -22,6 +22,7 @@ from models.hugging_face import (
     to_hugging_face,
 )
 from modules.attention import KVCache
+from modules.dropout import Dropout
 from modules.gpt2_layer import GPT2Layer
 
 
@@ -34,7 +35,7 @@ class GPT2Model(nn.Module):
         self.folder: Path | None = None  # where the weights came from; the tokenizer is there too
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Embedding(config.positions, config.width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList(GPT2Layer(config) for _ in range(config.layers))
         self.final_norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
 
@@ -83,6 +84,8 @@ class GPT2Model(nn.Module):
 
     def hidden_state_to_token(self, hidden: Tensor) -> Tensor:
         """Logits over the vocabulary, (..., C) -> (..., V), through the tied embedding."""
+        if hidden.ndim == 2:  # a token a row, as in decoding: with the tall matrix first, twice as fast on a CPU
+            return (self.token_embedding.weight @ hidden.T).T.contiguous()
         return nn.functional.linear(hidden, self.token_embedding.weight)
 
     @functools.cached_property

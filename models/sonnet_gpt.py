@@ -9,6 +9,8 @@ from models.gpt2 import GPT2Model
 from modules.attention import KVCache
 from modules.loss import cross_entropy
 
+TRIES = 8  # draws a token: with a nucleus of 0.9, one token in ten million needs its last
+
 
 class SonnetGPT(nn.Module):
     """A GPT2Model with its tied output embedding."""
@@ -65,7 +67,7 @@ class SonnetGPT(nn.Module):
         for _ in tqdm(range(length - width), "writing", unit="token", delay=2, leave=False, disable=None):
             logits = gpt.hidden_state_to_token(gpt(tokens, mask, cache)["last_token"]).float()  # (rows alive, V)
             # a draw for every row, ended or not: the end of one moves no other
-            draws = torch.rand(len(ids), generator=generator)[alive]
+            draws = torch.rand(len(ids), TRIES, generator=generator)[alive]
             chosen = sample(logits, draws.to(device), temperature, top_p, top_k).tolist()
             going = []
             for index, (row, token) in enumerate(zip(alive, chosen, strict=True)):
@@ -104,15 +106,36 @@ def check_sampling(temperature: float, top_p: float, top_k: int, max_new_tokens:
 
 
 def sample(logits: Tensor, draws: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
-    """Next tokens (B,) for logits (B, V) and uniform draws (B,): greedy at temperature 0, else by inverse CDF.
+    """Next tokens (B,) for logits (B, V) and uniform draws (B, tries): greedy at temperature 0.
 
     Of the `top_k` likeliest tokens (0: all), those are kept whose mass first reaches `top_p` (nucleus sampling,
-    Holtzman et al. 2020).
+    Holtzman et al. 2020). A token is drawn from all, and taken if it is one of those kept: nothing is sorted then. Rows
+    that all but their last draw refused are sorted, and the last goes through their likeliest tokens first.
     """
     if temperature == 0:
         return logits.argmax(-1)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: no temperature overflows
-    probabilities, tokens = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    probabilities = logits.softmax(-1)
+    tokens = torch.full_like(draws[:, 0], -1, dtype=torch.long)
+    if not top_k:
+        mass = probabilities.cumsum(-1)
+        places = torch.arange(logits.shape[-1], device=logits.device)
+        for draw in draws.T[:-1]:
+            token = torch.searchsorted(mass, draw[:, None] * mass[:, -1:], right=True).clamp_max(len(places) - 1)
+            own = probabilities.gather(1, token)
+            likelier = (probabilities > own) | ((probabilities == own) & (places < token))
+            kept = ((probabilities * likelier).sum(-1) < top_p) & (own[:, 0] > 0)
+            tokens = torch.where((tokens < 0) & kept, token[:, 0], tokens)
+            if (tokens >= 0).all():
+                return tokens
+    refused = tokens < 0
+    tokens[refused] = _of_sorted(probabilities[refused], draws[refused, -1], top_p, top_k)
+    return tokens
+
+
+def _of_sorted(probabilities: Tensor, draws: Tensor, top_p: float, top_k: int) -> Tensor:
+    """Tokens (B,) by inverse CDF over the kept ones, the likeliest first."""
+    probabilities, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
     if top_k:
         probabilities = probabilities[:, :top_k] / probabilities[:, :top_k].sum(-1, keepdim=True)
     before = probabilities.cumsum(-1) - probabilities  # the mass of likelier tokens: 0 for the first, always kept

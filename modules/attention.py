@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import GPT2Config
+from modules.dropout import dropout
 
 
 class KVCache:
@@ -50,12 +51,20 @@ class CausalSelfAttention(nn.Module):
         )
         if cache is not None:
             key, value = cache.append(layer, key, value)
-        heads = F.scaled_dot_product_attention(
-            query,
-            key.to(query.dtype),
-            value.to(query.dtype),
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and query.shape[2] > 1,  # a lone query is the last token and sees all
-        )
+        key, value = key.to(query.dtype), value.to(query.dtype)
+        p = self.dropout if self.training else 0.0
+        if p and mask is None and query.device.type == "cpu":  # torch's fused kernel there knows no dropout
+            heads = causal_attention(query, key, value, p)
+        else:
+            is_causal = mask is None and query.shape[2] > 1  # a lone query is the last token and sees all
+            heads = F.scaled_dot_product_attention(query, key, value, mask, p, is_causal)
         return self.out_proj(heads.transpose(1, 2).flatten(2))  # (B, T, C)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, p: float) -> Tensor:
+    """dropout(softmax(Q K^T / sqrt(D)), p) V written out, each (B, H, T, D); a token sees those up to its own."""
+    flat_query, flat_key, flat_value = (part.flatten(0, 1) for part in (query, key, value))  # (B * H, T, D)
+    tokens, width = query.shape[2:]
+    future = query.new_full((tokens, tokens), -torch.inf).triu(1)
+    scores = torch.baddbmm(future, flat_query, flat_key.transpose(1, 2), alpha=width**-0.5)
+    return (dropout(scores.softmax(-1), p) @ flat_value).view_as(query)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from config import GPT2Config
 from modules.attention import CausalSelfAttention, KVCache
+from modules.dropout import Dropout
 
 
 class GPT2Layer(nn.Module):
@@ -17,7 +18,7 @@ class GPT2Layer(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.interm_dense = nn.Linear(config.width, config.feed_forward_width)
         self.out_dense = nn.Linear(config.feed_forward_width, config.width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         """(B, T, C) -> (B, T, C); `mask` and `cache` as in CausalSelfAttention."""

@@ -11,8 +11,9 @@ LOGITS = PROBABILITIES.log()
 
 
 def drawn(draws, temperature=1.0, top_p=1.0, top_k=0, logits=LOGITS):
-    """The token for each draw."""
+    """The token for each draw; a single one goes through the sorted tokens."""
     draws = torch.as_tensor(draws)
+    draws = draws[:, None] if draws.ndim == 1 else draws
     return sample(logits.expand(len(draws), -1), draws, temperature, top_p, top_k).tolist()
 
 
@@ -24,7 +25,7 @@ def kept(**settings):
 def test_temperature_0_takes_the_likeliest():
     """Whatever the draw, row by row, and no division by zero."""
     logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, -1.0, 4.9]])
-    assert sample(logits, torch.tensor([0.0, 0.999]), 0.0, 0.5, 2).tolist() == [1, 0]
+    assert sample(logits, torch.tensor([[0.0], [0.999]]), 0.0, 0.5, 2).tolist() == [1, 0]
 
 
 def test_draws_go_through_the_likeliest_first():
@@ -35,7 +36,7 @@ def test_draws_go_through_the_likeliest_first():
 def test_rows_have_their_own_logits_and_draws():
     """A filter or a draw of one row must not act on another."""
     logits = torch.stack([LOGITS, LOGITS.flip(0), LOGITS])
-    assert sample(logits, torch.tensor([0.1, 0.1, 0.95]), 1.0, 1.0, 0).tolist() == [1, 2, 0]
+    assert sample(logits, torch.tensor([[0.1], [0.1], [0.95]]), 1.0, 1.0, 0).tolist() == [1, 2, 0]
 
 
 @pytest.mark.parametrize(("top_k", "tokens"), [(1, {1}), (2, {1, 3}), (3, {1, 2, 3}), (9, {0, 1, 2, 3})])
@@ -58,10 +59,11 @@ def test_kept_tokens_share_the_mass_in_proportion():
     assert drawn([0.571, 0.572], top_k=2) == [1, 3]
 
 
-def test_the_largest_draw_gives_a_kept_token():
+@pytest.mark.parametrize("tries", [1, 8])
+def test_the_largest_draw_gives_a_kept_token(tries):
     """Rounding in the cumulative sum must not step past the nucleus, to a token that was filtered out."""
     logits = torch.randn(200, 5000, generator=torch.Generator().manual_seed(0))
-    tokens = sample(logits, torch.full((200,), 1 - 2**-24), 1.0, 0.5, 0)
+    tokens = sample(logits, torch.full((200, tries), 1 - 2**-24), 1.0, 0.5, 0)
     probabilities = logits.softmax(-1)
     chosen = probabilities.gather(1, tokens[:, None])
     likelier = (probabilities * (probabilities > chosen)).sum(-1)
@@ -78,6 +80,25 @@ def test_temperature_comes_before_top_p():
     """At temperature 0.5 probabilities are squared: token 1 has 0.16 / 0.30 = 0.53, which reaches 0.5 alone."""
     assert kept(temperature=0.5, top_p=0.5) == {1}
     assert kept(temperature=4.0, top_p=0.5) == {1, 3}
+
+
+def test_a_draw_outside_the_nucleus_is_refused():
+    """The nucleus of 0.6 is tokens 1 and 3. Of all four in the order of the vocabulary, 0.05 draws token 0 and 0.6
+    token 2: both are refused; 0.3 draws token 1 and 0.8 token 3. The last draw goes through the sorted ones."""
+    draws = [[0.05, 0.3, 0.9], [0.6, 0.8, 0.1], [0.8, 0.3, 0.1], [0.6, 0.05, 0.571], [0.6, 0.05, 0.572]]
+    assert drawn(draws, top_p=0.6) == [1, 3, 3, 1, 3]
+
+
+@pytest.mark.parametrize(("logits", "top_p", "expected"), [
+    (LOGITS, 0.6, [0, 4 / 7, 0, 3 / 7]), (LOGITS, 1.0, [0.1, 0.4, 0.2, 0.3]), (LOGITS, 0.35, [0, 1, 0, 0]),
+    (torch.zeros(4), 0.5, [0.5, 0.5, 0, 0]),  # of equal tokens the first are likelier
+])  # fmt: skip
+def test_refusing_draws_leaves_the_same_distribution(logits, top_p, expected):
+    """Over a fine grid of pairs of draws, each token's share is its mass within the nucleus."""
+    grid = torch.arange(400) / 400 + 1 / 800
+    tokens = drawn(torch.cartesian_prod(grid, grid), top_p=top_p, logits=logits)
+    shares = torch.bincount(torch.tensor(tokens), minlength=4) / 400**2
+    assert (shares - torch.tensor(expected)).abs().max() < 0.005
 
 
 def test_frequencies_are_those_of_the_softmax():
