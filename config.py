@@ -125,7 +125,8 @@ class TrainConfig:
 
     epochs: int = option(10, "passes over the training data; 0 evaluates only")
     lr: float = option(1e-5, "AdamW's (largest) learning rate; by default one for the model and method")
-    batch_size: int = option(8, "examples a step")
+    batch_size: int = option(8, "examples a step, of all processes together")
+    grad_accumulation: int = option(1, "batches whose gradients make one step: as one batch so many times larger")
     seed: int = option(11711, "fixes initialisation, order of batches, dropout and sampling")
     schedule: str = option("constant", "the learning rate after warm-up", choices=("constant", "linear", "cosine"))
     warmup: float = option(0.0, "share of all steps over which the learning rate rises from 0")
@@ -137,7 +138,7 @@ class TrainConfig:
     device: str = option("auto", "auto takes CUDA where there is one; or cpu, cuda, cuda:1")
 
     def __post_init__(self):
-        for name, least in (("epochs", 0), ("batch_size", 1), ("seed", 0), ("patience", 0), ("checkpoint_every", 0)):
+        for name, least in (("epochs", 0), ("batch_size", 1), ("grad_accumulation", 1), ("seed", 0), ("patience", 0), ("checkpoint_every", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"--{name} must be at least {least}, not {getattr(self, name)}")
         if not 0 < self.lr < float("inf"):
@@ -195,6 +196,8 @@ def shared_options(parser: argparse.ArgumentParser, task: str, **train_defaults)
     what.add_argument("--preset", choices=["report"], help="report: the settings of the student report before this")
     add_options(parser, TrainConfig, "training", lr=None, **train_defaults)
     add_options(parser, LoRAConfig, "LoRA (with --use_lora)", prefix="lora_")
+    about = "keep no activations but each layer's input: less memory, a third more time"
+    what.add_argument("--gradient_checkpointing", action="store_true", help=about)
     files = parser.add_argument_group("files")
     files.add_argument("--out_dir", metavar="DIR", help=f"the run's folder, instead of one in runs/{task}")
     files.add_argument("--resume", action="store_true", help="go on with the newest unfinished run of these options")

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from config import InputError
 
 IGNORED = -100  # the label of a position that no loss is taken at
+POOL = 64  # batches of pairs that are sorted together: 2 % of what is read is padding then, at 8 it is 9 %
 GIVEN_LINES = 3  # a sonnet is to be continued from its first three
 
 

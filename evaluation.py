@@ -3,12 +3,14 @@
 import math
 import random
 from collections.abc import Iterable
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import processes
 from datasets import GIVEN_LINES, IGNORED, Pair, PairsDataset, Sonnet
 
 SONNET_LINES = 14
@@ -24,12 +26,13 @@ def language_model_figures(model, batches: Iterable[dict]) -> dict[str, float]:
     nats, tokens, characters = 0.0, 0, 0
     model.eval()
     with torch.no_grad():
-        for batch in batches:
+        for batch in islice(batches, processes.rank(), None, processes.size()):
             labels = batch["labels"].to(device)
             count = int((labels != IGNORED).sum())
             nats += model.loss(batch["input_ids"].to(device), labels).item() * count
             tokens += count
             characters += batch["characters"]
+    nats, tokens, characters = processes.total(nats, tokens, characters)
     loss = nats / tokens
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_character": nats / math.log(2) / characters}
 
@@ -87,15 +90,16 @@ def classify(model, dataset: PairsDataset) -> Tensor:
     """Logits (N, 2) of a ParaphraseGPT on every pair, in the order of the file and in float32, on the CPU."""
     device = next(model.parameters()).device
     order = sorted(range(len(dataset)), key=dataset.lengths.__getitem__)  # like lengths together: little padding
-    logits = torch.empty(len(dataset), 2)
+    logits = torch.zeros(len(dataset), 2)
     model.eval()
     with torch.no_grad():
-        for start in tqdm(range(0, len(order), EVALUATION_BATCH), "judging", delay=2, leave=False, disable=None):
+        starts = range(0, len(order), EVALUATION_BATCH)[processes.rank() :: processes.size()]
+        for start in tqdm(starts, "judging", delay=2, leave=False, disable=None):
             rows = order[start : start + EVALUATION_BATCH]
             batch = dataset.collate(rows)
             found = model(batch["input_ids"].to(device), batch["attention_mask"].to(device))
             logits[rows] = found.float().cpu()
-    return logits
+    return sum(processes.from_all(logits))  # each process filled its own rows
 
 
 def classification_figures(logits: Tensor, labels: Tensor) -> dict[str, float]:

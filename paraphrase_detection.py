@@ -67,7 +67,7 @@ def main(options: argparse.Namespace) -> None:
     # imported here, so that --help and a mistyped option are answered at once
     import torch
 
-    from datasets import PairsDataset, bucketed_batches
+    from datasets import POOL, PairsDataset, bucketed_batches
     from evaluation import classification_figures, classify, overlap_accuracy, overlap_threshold
     from lora import apply_lora, hold_frozen
     from models.gpt2 import GPT2Model
@@ -124,10 +124,12 @@ def main(options: argparse.Namespace) -> None:
     if options.use_lora:
         hold_frozen(model, dtype)
     train_set, dev_set = sets["train"], sets["dev"]
+    step_size = config.batch_size * config.grad_accumulation
     task = Task(
-        batches=lambda epoch: bucketed_batches(train_set.lengths, config.batch_size, config.seed, epoch),
+        batches=lambda epoch: bucketed_batches(train_set.lengths, step_size, config.seed, epoch, POOL),
         collate=train_set.collate,
-        loss=lambda model, batch: (model.loss(**batch), len(batch["labels"])),
+        loss=lambda model, batch: model.loss(**batch),
+        items=lambda batch: len(batch["labels"]),
         evaluate=lambda model: judge(model, dev_set, "dev")[1],
         save=lambda model, folder: model.save_pretrained(folder),
         metric="dev_accuracy",

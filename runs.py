@@ -21,7 +21,7 @@ from config import ROOT, InputError
 
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "huggingface_hub", "sacrebleu")
 # options that do not change what is computed
-NOT_COMPARED = {"resume", "out_dir", "use_gpu", "checkpoint_every", "sonnet_out", "para_dev_out", "para_test_out"}
+NOT_COMPARED = {"resume", "out_dir", "use_gpu", "checkpoint_every", "gradient_checkpointing", "sonnet_out", "para_dev_out", "para_test_out"}
 
 
 @contextlib.contextmanager

@@ -98,10 +98,12 @@ def main(options: argparse.Namespace) -> None:
     base = figures(model, dev_set, "dev") | figures(model, test_set, "test")
     if options.use_lora:
         hold_frozen(model, dtype)
+    step_size = config.batch_size * config.grad_accumulation
     task = Task(
-        batches=lambda epoch: bucketed_batches(train_set.lengths, config.batch_size, config.seed, epoch),
+        batches=lambda epoch: bucketed_batches(train_set.lengths, step_size, config.seed, epoch),
         collate=train_set.collate,
-        loss=lambda model, batch: (model.loss(batch["input_ids"], batch["labels"]), train_set.targets(batch)),
+        loss=lambda model, batch: model.loss(batch["input_ids"], batch["labels"]),
+        items=train_set.targets,
         evaluate=lambda model: figures(model, dev_set, "dev"),
         save=lambda model, folder: (save_adapter if options.use_lora else GPT2Model.save_pretrained)(model.gpt, folder),
     )

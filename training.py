@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import processes
 from config import InputError, Interrupted, LoRAConfig, TrainConfig, from_options
 from runs import Run, facts, parameter_counts, peak_memory_gb, replacing_folder
 
@@ -23,7 +24,8 @@ class Task:
 
     batches: Callable[[int], list]  # epoch -> its batches' rows, in order
     collate: Callable[[list], dict]  # rows -> tensors
-    loss: Callable[[nn.Module, dict], tuple[Tensor, int]]  # mean loss, and how many items it is the mean of
+    loss: Callable[[nn.Module, dict], Tensor]  # a mean
+    items: Callable[[dict], int]  # over how many items
     evaluate: Callable[[nn.Module], dict[str, float]]  # dev figures; dev_loss among them
     save: Callable[[nn.Module, Path], None]  # weights and configuration into an empty folder
     metric: str = "dev_loss"  # which dev figure chooses the best model
@@ -56,7 +58,8 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     progress = _restore(run, parameters, optimizer, scaler, device)
-    run.write_metrics(progress.rows)
+    if processes.is_writer():
+        run.write_metrics(progress.rows)
     steps = len(task.batches(0))
     with tqdm(total=config.epochs * steps, unit="step", disable=None, leave=False) as bar, _signals() as stop:
         bar.update(progress.epoch * steps + progress.step)
@@ -68,43 +71,55 @@ def train(
                 torch.cuda.reset_peak_memory_stats(device)
             while progress.step < steps:
                 start = time.perf_counter()
-                done = progress.epoch * steps + progress.step
+                rows, done = batches[progress.step], progress.epoch * steps + progress.step
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(done, config.epochs * steps, config)
-                batch = {name: value.to(device) if isinstance(value, Tensor) else value
-                         for name, value in task.collate(batches[progress.step]).items()}  # fmt: skip
+                parts = [task.collate(part) for part in processes.parts(rows, config.grad_accumulation)]
+                [items] = processes.total(sum(map(task.items, parts)))
                 optimizer.zero_grad(set_to_none=True)
-                with precision(device, dtype):
-                    loss, items = task.loss(model, batch)
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise _not_finite("loss", value, progress, batches[progress.step])
-                scaler.scale(loss).backward()
+                loss_sum = 0.0
+                for part in parts:
+                    batch = {name: value.to(device) for name, value in part.items() if isinstance(value, Tensor)}
+                    with precision(device, dtype):
+                        loss = task.loss(model, batch)
+                    # each part's mean counts by its items: the sum over parts and processes is the batch's mean
+                    scaler.scale(loss * (task.items(part) / items)).backward()
+                    loss_sum += loss.item() * task.items(part)
+                processes.sum_gradients(parameters)
                 scaler.unscale_(optimizer)
                 norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+                tokens = sum(int(part["attention_mask"].sum()) for part in parts)
+                loss_sum, tokens, signals = processes.total(loss_sum, tokens, len(stop))
+                value = loss_sum / items
+                if not math.isfinite(value):
+                    raise _not_finite("loss", value, progress, rows)
                 if not (norm.isfinite() or scaler.is_enabled()):  # float16's scaler skips such a step and goes on
-                    raise _not_finite("gradient's norm", norm.item(), progress, batches[progress.step])
+                    raise _not_finite("gradient's norm", norm.item(), progress, rows)
                 if config.max_grad_norm:
                     nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
                 scaler.step(optimizer)
                 scaler.update()
                 progress.step += 1
-                progress.loss_sum += value * items
+                progress.loss_sum += loss_sum
                 progress.items += items
-                progress.tokens += int(batch["attention_mask"].sum())
+                progress.tokens += tokens
                 progress.seconds += time.perf_counter() - start
                 bar.update()
                 bar.set_postfix(loss=f"{value:.3f}", refresh=False)
-                if stop or (config.checkpoint_every and (done + 1) % config.checkpoint_every == 0):
+                if signals and not stop:  # another process was told to stop
+                    stop.append(signal.SIGTERM)
+                if signals or (config.checkpoint_every and (done + 1) % config.checkpoint_every == 0):
                     _save(run, progress, parameters, optimizer, scaler, device)
-                _raise_if_stopped(stop, run)
+                _raise_if_stopped(stop[: int(signals)], run)
             _end_epoch(model, task, run, progress, optimizer.param_groups[0]["lr"], device)
             _save(run, progress, parameters, optimizer, scaler, device)
-            run.write_metrics(progress.rows)
+            if processes.is_writer():
+                run.write_metrics(progress.rows)
             tqdm.write(describe(progress.rows[-1], config.epochs, progress.best_epoch))
             _raise_if_stopped(stop, run)
     if progress.epoch < config.epochs:
         print(f"stopped early: no better {task.metric.replace('_', ' ')} in {config.patience} epochs")
+    processes.leave()
     return progress
 
 
@@ -138,8 +153,9 @@ def _end_epoch(model, task: Task, run: Run, progress: Progress, rate: float, dev
     score = figures[task.metric]
     if progress.best is None or (score > progress.best if task.larger_is_better else score < progress.best):
         progress.best, progress.best_epoch = score, progress.epoch
-        with replacing_folder(run.best) as folder:
-            task.save(model, folder)
+        if processes.is_writer():
+            with replacing_folder(run.best) as folder:
+                task.save(model, folder)
     progress.rows.append({
         "epoch": progress.epoch, "train_loss": progress.loss_sum / progress.items, **figures, "learning_rate": rate,
         "seconds": round(progress.seconds, 3), "tokens_per_second": round(progress.tokens / progress.seconds, 1),
@@ -174,16 +190,19 @@ def describe(row: dict, epochs: int, best_epoch: int) -> str:
 def _save(run: Run, progress: Progress, parameters, optimizer, scaler, device) -> None:
     state = {
         "progress": vars(progress), "parameters": [parameter.detach() for parameter in parameters],
-        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": processes.from_all(torch.get_rng_state()),
+        "cuda_rng": processes.from_all(torch.cuda.get_rng_state(device)) if device.type == "cuda" else None,
     }  # fmt: skip
-    run.save_state(state)
+    if processes.is_writer():
+        run.save_state(state)
 
 
 def _restore(run: Run, parameters, optimizer, scaler, device) -> Progress:
     """Take parameters, optimizer and random state from the run's resume state, if it has one."""
     state = run.load_state()
     if state is None:
+        if processes.rank():  # dropout of its own; what is random in the model was drawn before, alike everywhere
+            torch.manual_seed(torch.initial_seed() + processes.rank())
         return Progress()
     try:
         with torch.no_grad():
@@ -191,9 +210,9 @@ def _restore(run: Run, parameters, optimizer, scaler, device) -> Progress:
                 parameter.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], device)
+        torch.set_rng_state(state["rng"][processes.rank() % len(state["rng"])])
+        if state["cuda_rng"]:
+            torch.cuda.set_rng_state(state["cuda_rng"][processes.rank() % len(state["cuda_rng"])], device)
         return Progress(**state["progress"])
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
         raise InputError(f"{run.state_path} does not fit this model ({error}); delete it to start over") from error
@@ -219,7 +238,7 @@ def _signals():
 def settings(options: argparse.Namespace) -> tuple[TrainConfig, LoRAConfig, torch.device, torch.dtype]:
     """What every task script needs of its options, checked; fixes the seed of initialisation and dropout."""
     config, lora_config = from_options(TrainConfig, options), from_options(LoRAConfig, options, prefix="lora_")
-    device = choose_device(config.device, options.use_gpu)
+    device = processes.join(choose_device(config.device, options.use_gpu))
     dtype = choose_dtype(config.dtype, device)
     torch.manual_seed(config.seed)
     return config, lora_config, device, dtype
@@ -229,7 +248,8 @@ def start(task: str, variant: tuple[str, ...], data: str, files: list[str], mode
           options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple[Run, str]:  # fmt: skip
     """Open the run's folder and print what is about to be trained; returns the run and a title for its figures."""
     name = "-".join([Path(options.model_size).name, *variant, options.method, f"seed{options.seed}"])
-    run = Run(task, name, vars(options), facts(device, dtype, files))
+    run = processes.from_writer(lambda: Run(task, name, vars(options), facts(device, dtype, files)))
+    model.gpt.checkpointing = options.gradient_checkpointing
     method = "full fine-tuning"
     if options.use_lora:
         method = f"LoRA rank {options.lora_rank} on {', '.join(options.lora_targets)}"

@@ -1,97 +1,122 @@
-"""Question pairs trained a second and peak memory: ours against transformers, each with its own batching.
+"""Pairs trained a second and peak memory on paraphrases: ours against transformers, each with its own batching.
 
-    python benchmarks/paraphrase.py MODEL PAIRS_CSV [--dtypes float32 bfloat16] [--rounds 5] [--steps 20]
+    python benchmarks/paraphrase.py [MODEL] [--pairs FILE] [--dtypes float32 bfloat16] [--rounds 5] [--steps 20]
 
-The same random pairs for all, in batches of 8; GPT-2's dropout, AdamW. transformers: GPT2ForSequenceClassification,
-random batches padded to each one's longest, or bucketed as ours are. Ours: the step of paraphrase_detection.py over
-its bucketed batches, both texts in one prompt. Writes benchmarks/results/paraphrase.csv.
+The same random pairs for all in batches of 8, both texts in one prompt, GPT-2's dropout. transformers:
+GPT2ForSequenceClassification, pairs in random order, each batch padded to its longest, AdamW as torch has it by
+default; and the same with our buckets and fused AdamW. Ours: the batches and the step of paraphrase_detection.py. The
+limit is 6 N FLOPs a real token (LoRA 4 N), N without the
+embeddings.
 """
 
-from harness import parser, product_rate, ratio, run, timed_steps
+from harness import (
+    ROOT,
+    device_and_dtype,
+    folder_of,
+    parser,
+    product_rate,
+    ratio,
+    run,
+    table,
+    timed_steps,
+    write_readme,
+)
 
-CASES = ["transformers", "transformers-bucketed", "full-last", "full-generalized", "lora-generalized"]
+PEER, BUCKETS = "transformers, full", "transformers, full, with our buckets and fused AdamW"
+POOLINGS = {"ours, full, last": "last", "ours, full, generalized": "generalized", "ours, full, multihead": "multihead",
+            "ours, LoRA, generalized": "generalized"}  # fmt: skip
+LAST, GENERALIZED, MULTIHEAD, LORA = POOLINGS
 BATCH = 8
 
 
 def measure(case: str, dtype_name: str) -> dict[str, float]:
-    """One process's figures; pairs a second first."""
+    """One process's figures."""
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, dtype_name)
+    device, dtype = device_and_dtype(dtype_name)
     torch.manual_seed(0)
-    make = transformers_step if case.startswith("transformers") else our_step
-    loss_of, parameters, batches = make(case, dtype, device)
-    figures = timed_steps(loss_of, parameters, batches, device, dtype)
-    real = sum(int(batch["attention_mask"].sum()) for batch in batches[1:])
-    return {"pairs_s": BATCH * (len(batches) - 1) / figures.pop("total_s"), **figures,
-            "real_tokens_a_step": real / (len(batches) - 1),
-            "padded_tokens_a_step": sum(batch["input_ids"].numel() for batch in batches[1:]) / (len(batches) - 1),
-            "product_tflops": product_rate(device, dtype)}  # fmt: skip
+    model, loss_of, batches = (ours if case in POOLINGS else peer)(case, dtype)
+    model.to(device).train()
+    aside = ("embedding", "wte", "wpe", "lora_")
+    body = sum(p.numel() for name, p in model.named_parameters() if not any(part in name for part in aside))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    figures = timed_steps(loss_of, trained, batches, device, dtype, fused=case != PEER)
+    real = sum(int(batch["attention_mask"].sum()) for batch in batches) / len(batches)
+    padded = sum(batch["input_ids"].numel() for batch in batches) / len(batches)
+    rate = product_rate(device, dtype)
+    limit = (4 if case == LORA else 6) * body * real / (1e12 * rate)
+    return {"pair_s": figures["step_s"] / BATCH, "pairs_a_second": BATCH / figures["step_s"],
+            "limit_pairs_a_second": BATCH / limit, "share_of_limit": limit / figures["step_s"], **figures,
+            "padded_to_real_tokens": padded / real, "product_tflops": rate}  # fmt: skip
 
 
 def chosen_rows(count: int) -> list[int]:
     """The pairs that every case trains on."""
     import torch
 
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[: BATCH * (options.steps + 1)].tolist()
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[: BATCH * options.steps].tolist()
 
 
-def our_step(case: str, dtype, device):
-    """Loss, parameters and batches of the paraphrase task."""
+def ours(case: str, dtype):
     from config import LoRAConfig
-    from datasets import PairsDataset, bucketed_batches
+    from datasets import POOL, PairsDataset, bucketed_batches
     from lora import apply_lora, hold_frozen
     from models.gpt2 import GPT2Model
     from models.paraphrase_gpt import ParaphraseGPT
 
-    method, pooling = case.split("-")
-    model = ParaphraseGPT(GPT2Model.from_pretrained(options.model), pooling)
-    if method == "lora":
-        apply_lora(model, LoRAConfig())
-        hold_frozen(model, dtype)
-    model.to(device).train()
+    model = ParaphraseGPT(GPT2Model.from_pretrained(folder_of(options.model)), POOLINGS[case])
+    if case == LORA:
+        hold_frozen(apply_lora(model, LoRAConfig()), dtype)
     data = PairsDataset(options.pairs, model.gpt)
     rows, lengths = chosen_rows(len(data)), data.lengths
-    buckets = bucketed_batches([lengths[row] for row in rows], BATCH, seed=0, epoch=0)
-    batches = [data.collate([rows[index] for index in bucket]) for bucket in buckets]
-    return lambda batch: model.loss(**batch), [p for p in model.parameters() if p.requires_grad], batches
+    buckets = bucketed_batches([lengths[row] for row in rows], BATCH, seed=0, epoch=0, pool=POOL)
+    return model, lambda batch: model.loss(**batch), [data.collate([rows[i] for i in bucket]) for bucket in buckets]
 
 
-def transformers_step(case: str, dtype, device):
-    """The same of transformers' classifier: the pairs in random order, the same prompt."""
+def peer(case: str, dtype):
     import torch
     from transformers import AutoTokenizer, GPT2ForSequenceClassification
 
-    from datasets import bucketed_batches, prompt, read_pairs
+    from datasets import POOL, bucketed_batches, prompt, read_pairs
 
     pairs = list(read_pairs(options.pairs, "check the path", []))
-    order = chosen_rows(len(pairs))
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    tokenizer.pad_token = tokenizer.eos_token
+    order, folder = chosen_rows(len(pairs)), folder_of(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = "<|endoftext|>"
     model = GPT2ForSequenceClassification.from_pretrained(
-        options.model, num_labels=2, pad_token_id=tokenizer.eos_token_id, dtype=torch.float32
+        folder, num_labels=2, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32
     )
-    model.to(device).train()
     texts = [prompt(pairs[row].sentence1, pairs[row].sentence2) for row in order]
     buckets = [range(start, start + BATCH) for start in range(0, len(order), BATCH)]
-    if case == "transformers-bucketed":
-        buckets = bucketed_batches([len(ids) for ids in tokenizer(texts)["input_ids"]], BATCH, seed=0, epoch=0)
+    if case == BUCKETS:
+        buckets = bucketed_batches([len(ids) for ids in tokenizer(texts)["input_ids"]], BATCH, seed=0, epoch=0, pool=POOL)
     batches = []
     for bucket in buckets:
         batch = tokenizer([texts[index] for index in bucket], return_tensors="pt", padding=True)
-        batches.append({**batch, "labels": torch.tensor([pairs[order[index]].label for index in bucket])})
-    return lambda batch: model(**batch).loss, list(model.parameters()), batches
+        labels = torch.tensor([pairs[order[index]].label for index in bucket])
+        batches.append({"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels})
+    return model, lambda batch: model(**batch).loss, batches
 
 
 if __name__ == "__main__":
     options = parser(__doc__)
-    options.add_argument("pairs", help="a tab-separated file of pairs")
+    options.add_argument("--pairs", default=str(ROOT / "data" / "verses-train.csv"), help="a tab-separated file")
     options.set_defaults(steps=20)
     options = options.parse_args()
-    rows = run(options, measure, CASES, "paraphrase")
-    for dtype in options.dtypes:
-        shown = (f"{case} {ratio(rows, dtype, case, 'transformers', 'pairs_s'):.2f}" for case in CASES[1:])
-        print(f"{dtype}, pairs a second against transformers: {', '.join(shown)}")
-        print(f"{dtype}, generalized / last, seconds a step: "
-              f"{ratio(rows, dtype, 'full-generalized', 'full-last', 'step_s'):.3f}")  # fmt: skip
+    found = run(options, measure, [PEER, BUCKETS, *POOLINGS], "paraphrase")
+    lines = table(found, {"pairs_a_second": "pairs a second", "limit_pairs_a_second": "limit",
+                          "share_of_limit": "share of the limit", "peak_gb": "peak memory, GB",
+                          "padded_to_real_tokens": "padded / real tokens"})  # fmt: skip
+    lines += ["", f"| ratio, median of {options.rounds} rounds (range) | {' | '.join(options.dtypes)} |"]
+    lines.append("|---" * (1 + len(options.dtypes)) + "|")
+    for what, case, other in (
+        ("pairs a second, ours (last) / the peer", PEER, LAST),
+        ("pairs a second, ours (generalized) / the peer", PEER, GENERALIZED),
+        ("pairs a second, ours (generalized) / the peer's with our buckets and fused AdamW", BUCKETS, GENERALIZED),
+        ("pairs a second, ours LoRA / ours full", GENERALIZED, LORA),
+        ("step, generalized / last", GENERALIZED, LAST),
+        ("step, multihead / last", MULTIHEAD, LAST),
+    ):
+        cells = (ratio(found, dtype, case, [other], "pair_s") for dtype in options.dtypes)
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    write_readme("paraphrase", lines)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from config import GPT2Config, InputError
 from models.hugging_face import (
@@ -33,6 +34,7 @@ class GPT2Model(nn.Module):
         super().__init__()
         self.config = config
         self.folder: Path | None = None  # where the weights came from; the tokenizer is there too
+        self.checkpointing = False  # whether to compute activations twice instead of keeping them
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Embedding(config.positions, config.width)
         self.dropout = Dropout(config.dropout)
@@ -75,7 +77,10 @@ class GPT2Model(nn.Module):
 
         x = self.dropout(self.token_embedding(input_ids) + self.position_embedding(positions))
         for index, layer in enumerate(self.layers):
-            x = layer(x, mask, cache, index)
+            if self.checkpointing and self.training:
+                x = checkpoint(layer, x, mask, cache, index, use_reentrant=False)
+            else:
+                x = layer(x, mask, cache, index)
         if cache is not None:
             cache.length += new
         hidden = self.final_norm(x)

@@ -64,9 +64,8 @@ def fit(folder, path, at=None, event=crash, resume=False, lora=False, seed=5, ch
     task = Task(
         batches=lambda epoch: bucketed_batches(data.lengths, 2, seed, epoch),
         collate=collate,
-        loss=lambda model, batch: (
-            model.loss(batch["input_ids"], batch["labels"]), int((batch["labels"] != IGNORED).sum())
-        ),
+        loss=lambda model, batch: model.loss(batch["input_ids"], batch["labels"]),
+        items=lambda batch: int((batch["labels"] != IGNORED).sum()),
         evaluate=evaluate,
         save=lambda model, path: save_adapter(model, path) if lora else model.gpt.save_pretrained(path),
     )  # fmt: skip
