@@ -138,7 +138,8 @@ class TrainConfig:
     device: str = option("auto", "auto takes CUDA where there is one; or cpu, cuda, cuda:1")
 
     def __post_init__(self):
-        for name, least in (("epochs", 0), ("batch_size", 1), ("grad_accumulation", 1), ("seed", 0), ("patience", 0), ("checkpoint_every", 0)):
+        for name in ("epochs", "batch_size", "grad_accumulation", "seed", "patience", "checkpoint_every"):
+            least = int(name in ("batch_size", "grad_accumulation"))
             if getattr(self, name) < least:
                 raise InputError(f"--{name} must be at least {least}, not {getattr(self, name)}")
         if not 0 < self.lr < float("inf"):

@@ -21,7 +21,10 @@ from config import ROOT, InputError
 
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "huggingface_hub", "sacrebleu")
 # options that do not change what is computed
-NOT_COMPARED = {"resume", "out_dir", "use_gpu", "checkpoint_every", "gradient_checkpointing", "sonnet_out", "para_dev_out", "para_test_out"}
+NOT_COMPARED = {
+    "resume", "out_dir", "use_gpu", "checkpoint_every", "gradient_checkpointing", "sonnet_out", "para_dev_out",
+    "para_test_out",
+}  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -190,7 +190,8 @@ def describe(row: dict, epochs: int, best_epoch: int) -> str:
 def _save(run: Run, progress: Progress, parameters, optimizer, scaler, device) -> None:
     state = {
         "progress": vars(progress), "parameters": [parameter.detach() for parameter in parameters],
-        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": processes.from_all(torch.get_rng_state()),
+        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+        "rng": processes.from_all(torch.get_rng_state()),
         "cuda_rng": processes.from_all(torch.cuda.get_rng_state(device)) if device.type == "cuda" else None,
     }  # fmt: skip
     if processes.is_writer():

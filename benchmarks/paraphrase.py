@@ -89,7 +89,8 @@ def peer(case: str, dtype):
     texts = [prompt(pairs[row].sentence1, pairs[row].sentence2) for row in order]
     buckets = [range(start, start + BATCH) for start in range(0, len(order), BATCH)]
     if case == BUCKETS:
-        buckets = bucketed_batches([len(ids) for ids in tokenizer(texts)["input_ids"]], BATCH, seed=0, epoch=0, pool=POOL)
+        lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+        buckets = bucketed_batches(lengths, BATCH, seed=0, epoch=0, pool=POOL)
     batches = []
     for bucket in buckets:
         batch = tokenizer([texts[index] for index in bucket], return_tensors="pt", padding=True)
