@@ -4,15 +4,14 @@ Words rhyme that sound alike from the last stressed vowel on, by CMUdict through
 speech, in which Shakespeare's love and prove, or memory and die, are no rhymes: his own rate is the ceiling.
 """
 
-import functools
 import math
 import random
 import re
-import statistics
 from collections.abc import Iterable
 from itertools import islice
 
 import numpy as np
+import pronouncing  # reads CMUdict, for a second, when first asked
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -91,22 +90,17 @@ def sonnet_form(texts: list[str], train: list[Sonnet]) -> dict[str, float]:
     pairs = [max(pair) < len(lines) and rhyme(*(lines[line] for line in pair)) for lines in sonnets for pair in RHYMES]
     counts = [sum(map(syllables, _words(line))) for lines in sonnets for line in lines[GIVEN_LINES:]]
     grams = [_ngrams(continuation(text), 2) for text in texts]
-    return {
-        "lines": _mean(map(len, sonnets)),
-        "14_line_rate": whole_sonnet_rate(texts),
-        "rhymes": _mean(pair for pair in pairs if pair is not None),
-        "known_line_ends": _mean(bool(_sounds(line)) for lines in sonnets for line in lines),
-        "syllables": _mean(counts),
-        "syllables_off_ten": _mean(abs(count - 10) for count in counts),
-        "distinct_2grams": _mean(len(set(of_text)) / max(1, len(of_text)) for of_text in grams),
-        "copied_5grams": copied_share(texts, train),
+    figures = {
+        "lines": [len(lines) for lines in sonnets],
+        "14_line_rate": [whole_sonnet_rate(texts)],
+        "rhymes": [pair for pair in pairs if pair is not None],
+        "known_line_ends": [bool(_sounds(line)) for lines in sonnets for line in lines],
+        "syllables": counts,
+        "syllables_off_ten": [abs(count - 10) for count in counts],
+        "distinct_2grams": [len(set(of_text)) / max(1, len(of_text)) for of_text in grams],
+        "copied_5grams": [copied_share(texts, train)],
     }
-
-
-def _mean(values: Iterable[float]) -> float:
-    """0 of nothing: a model may write no line."""
-    values = list(values)
-    return sum(values) / max(1, len(values))
+    return {name: float(np.mean(values or 0)) for name, values in figures.items()}  # a model may write no line
 
 
 def rhyme(first: str, second: str) -> bool | None:
@@ -117,17 +111,13 @@ def rhyme(first: str, second: str) -> bool | None:
 
 def _sounds(line: str) -> set[str]:
     """What the last word of a line may rhyme on: its phones from the last stressed vowel on, without stress marks."""
-    from pronouncing import rhyming_part
+    endings = [pronouncing.rhyming_part(phones) for word in _words(line)[-1:] for phones in _phones(word)]
+    return {re.sub(r"\d", "", ending) for ending in endings}
 
-    return {re.sub(r"\d", "", rhyming_part(phones)) for word in _words(line)[-1:] for phones in _phones(word)}
 
-
-@functools.cache
 def _phones(word: str) -> list[str]:
     """CMUdict's pronunciations, none for a word that it lacks; cross'd is crossed to it."""
-    from pronouncing import phones_for_word  # imported here: CMUdict takes a second
-
-    return phones_for_word(word) or phones_for_word(re.sub("'d$", "ed", word))
+    return pronouncing.phones_for_word(word) or pronouncing.phones_for_word(re.sub("'d$", "ed", word))
 
 
 def syllables(word: str) -> int:
@@ -216,8 +206,8 @@ def overlap_accuracy(pairs: Iterable[Pair], threshold: float) -> float:
 
 def mean_interval(values: list[float]) -> tuple[float, float, float]:
     """Mean of several values and its 95 % interval by Student's t: of differences of pairs, the paired t interval."""
-    mean = statistics.mean(values)
-    half = T_QUANTILES[min(len(values) - 1, 20) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = T_QUANTILES[min(len(values) - 1, 20) - 1] * error
     return mean, mean - half, mean + half
 
 
