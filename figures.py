@@ -67,10 +67,11 @@ def _draw_epochs(part: SubFigure, found: dict[str, list[dict]], _) -> None:
         for axes, name in zip(panels, ("train_loss", "dev_loss"), strict=True):
             losses = list(zip(*([float(line[name]) for line in csv.DictReader(file)] for file in files), strict=False))
             epochs = range(1, len(losses) + 1)
-            axes.plot(epochs, [sum(seeds) / len(seeds) for seeds in losses], style, color=colour, label=row)
+            mean = [sum(seeds) / len(seeds) for seeds in losses]
+            axes.plot(epochs, mean, style, marker="o", markersize=3, color=colour, label=row)
             axes.fill_between(epochs, [*map(min, losses)], [*map(max, losses)], color=colour, alpha=0.25, linewidth=0)
             axes.set(xlabel="epoch", ylabel=LABELS[name])
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     part.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
 
 
