@@ -157,8 +157,10 @@ def comparison(base: dict, tuned: dict, form: dict) -> str:
         lines.append(f"{label:<26}{base[name]:>8.3f} -> {value:.3f}  ({100 * (value / base[name] - 1):+.1f} %)")
     lines.append(f"dev chrF of what is new     {form['dev_chrf']:.1f}  (lines of random training sonnets: "
                  f"{form['dev_chrf_floor']:.1f}, sd {form['dev_chrf_floor_sd']:.1f})")  # fmt: skip
-    lines.append(f"dev, exactly 14 lines       {form['dev_14_line_rate']:.0%};  5-grams copied from training text "
-                 f"{form['dev_copied_5grams']:.1%}")  # fmt: skip
+    lines.append("form of dev sonnets            model  Shakespeare  his lines shuffled")
+    for name in [name.removeprefix("gold_dev_") for name in form if name.startswith("gold_dev_")]:
+        figures = [form[f"{who}_{name}"] for who in ("dev", "gold_dev", "shuffled_dev")]
+        lines.append(f"{name.replace('_', ' '):<26}{figures[0]:>10.2f}{figures[1]:>13.2f}{figures[2]:>20.2f}")
     return "\n".join(lines)
 
 
