@@ -6,7 +6,17 @@ The first three lines of the 12 dev sonnets, temperature 1.2, top-p 0.9, all wei
 read every weight once a token, at the rate at which the same process reads a large array.
 """
 
-from harness import ROOT, device_and_dtype, folder_of, parser, ratio, run, seconds, table, write_readme
+from harness import (
+    ROOT,
+    device_and_dtype,
+    folder_of,
+    parser,
+    ratio_table,
+    run,
+    seconds,
+    table,
+    write_tables,
+)
 
 OURS, PEER = "ours", "transformers"
 TOKENS = 128
@@ -72,9 +82,7 @@ def peer(prompts: list[str], device, dtype):
 if __name__ == "__main__":
     options = parser(__doc__).parse_args()
     found = run(options, measure, [PEER, OURS], "generation")
-    lines = table(found, {"total_s": "seconds", "limit_s": "limit", "share_of_limit": "share of the limit",
-                          "read_gb_s": "memory read, GB/s", "peak_gb": "peak memory, GB"})  # fmt: skip
-    for dtype in options.dtypes:
-        lines += ["", f"Ours / transformers, {dtype}, median of {options.rounds} rounds: "
-                  f"{ratio(found, dtype, OURS, [PEER], 'total_s')}."]  # fmt: skip
-    write_readme("generation", lines)
+    columns = {"total_s": "seconds", "limit_s": "limit", "share_of_limit": "share of the limit",
+               "read_gb_s": "memory read, GB/s", "peak_gb": "peak memory, GB"}  # fmt: skip
+    ratios = [("12 continuations of 128 tokens, ours / transformers", OURS, [PEER], "total_s")]
+    write_tables("generation", table(found, columns), ratio_table(found, options, ratios))

@@ -143,6 +143,16 @@ def run(options: argparse.Namespace, measure: Callable[[str, str], dict], cases:
     return found
 
 
+def ratio_table(found: dict, options: argparse.Namespace, rows: list[tuple[str, str, list[str], str]]) -> list[str]:
+    """Markdown: of each (heading, case, other cases, figure) the ratio, a column a precision."""
+    title = f"{Path(options.model).name}, median of {options.rounds} rounds (range)"
+    lines = [f"| {title} | {' | '.join(options.dtypes)} |", "|---" * (1 + len(options.dtypes)) + "|"]
+    for heading, case, others, figure in rows:
+        cells = [ratio(found, dtype, case, others, figure) for dtype in options.dtypes]
+        lines.append(f"| {heading} | {' | '.join(cells)} |")
+    return lines
+
+
 def ratio(found: dict, dtype: str, case: str, others: list[str], figure: str) -> str:
     """One case's figure over the best (least) of others', the median over rounds and its range, for a table."""
     there = [found[dtype, other] for other in others if (dtype, other) in found]
@@ -162,12 +172,13 @@ def table(found: dict, columns: dict[str, str]) -> list[str]:
     return lines
 
 
-def write_readme(name: str, lines: list[str]) -> None:
-    """Put the lines between README's marks of that name, and on the screen."""
-    print("\n".join(lines))
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
+def write_tables(name: str, cases: list[str], ratios: list[str]) -> None:
+    """Both into results/NAME.md, the ratios between README's marks of that name too; and on the screen."""
+    text = "\n".join([*cases, "", *ratios]) + "\n"
+    print(text)
+    (HERE / "results" / f"{name}.md").write_text(text, encoding="utf-8", newline="\n")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     begin, end = f"<!-- benchmarks/{name}.py -->\n", f"<!-- end of benchmarks/{name}.py -->\n"
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-    replaced = pattern.sub(lambda _: begin + "\n".join(lines) + "\n" + end, text)
-    path.write_text(replaced, encoding="utf-8", newline="\n")
+    replaced = pattern.sub(lambda _: begin + "\n".join(ratios) + "\n" + end, readme)
+    (ROOT / "README.md").write_text(replaced, encoding="utf-8", newline="\n")

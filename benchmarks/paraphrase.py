@@ -15,11 +15,11 @@ from harness import (
     folder_of,
     parser,
     product_rate,
-    ratio,
+    ratio_table,
     run,
     table,
     timed_steps,
-    write_readme,
+    write_tables,
 )
 
 PEER, BUCKETS = "transformers, full", "transformers, full, with our buckets and fused AdamW"
@@ -105,19 +105,15 @@ if __name__ == "__main__":
     options.set_defaults(steps=20)
     options = options.parse_args()
     found = run(options, measure, [PEER, BUCKETS, *POOLINGS], "paraphrase")
-    lines = table(found, {"pairs_a_second": "pairs a second", "limit_pairs_a_second": "limit",
-                          "share_of_limit": "share of the limit", "peak_gb": "peak memory, GB",
-                          "padded_to_real_tokens": "padded / real tokens"})  # fmt: skip
-    lines += ["", f"| ratio, median of {options.rounds} rounds (range) | {' | '.join(options.dtypes)} |"]
-    lines.append("|---" * (1 + len(options.dtypes)) + "|")
-    for what, case, other in (
-        ("pairs a second, ours (last) / the peer", PEER, LAST),
-        ("pairs a second, ours (generalized) / the peer", PEER, GENERALIZED),
-        ("pairs a second, ours (generalized) / the peer's with our buckets and fused AdamW", BUCKETS, GENERALIZED),
-        ("pairs a second, ours LoRA / ours full", GENERALIZED, LORA),
-        ("step, generalized / last", GENERALIZED, LAST),
-        ("step, multihead / last", MULTIHEAD, LAST),
-    ):
-        cells = (ratio(found, dtype, case, [other], "pair_s") for dtype in options.dtypes)
-        lines.append(f"| {what} | {' | '.join(cells)} |")
-    write_readme("paraphrase", lines)
+    columns = {"pairs_a_second": "pairs a second", "limit_pairs_a_second": "limit",
+               "share_of_limit": "share of the limit", "peak_gb": "peak memory, GB",
+               "padded_to_real_tokens": "padded / real tokens"}  # fmt: skip
+    ratios = [  # of seconds a pair: the inverse of pairs a second
+        ("pairs a second, ours (last) / the peer's", PEER, [LAST], "pair_s"),
+        ("pairs a second, ours (generalized) / the peer's", PEER, [GENERALIZED], "pair_s"),
+        ("the same / the peer's, given our buckets and fused AdamW", BUCKETS, [GENERALIZED], "pair_s"),
+        ("pairs a second, our LoRA / our full", GENERALIZED, [LORA], "pair_s"),
+        ("a step with generalized / with last", GENERALIZED, [LAST], "pair_s"),
+        ("a step with multihead / with last", MULTIHEAD, [LAST], "pair_s"),
+    ]
+    write_tables("paraphrase", table(found, columns), ratio_table(found, options, ratios))

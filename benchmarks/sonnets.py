@@ -14,11 +14,11 @@ from harness import (
     folder_of,
     parser,
     product_rate,
-    ratio,
+    ratio_table,
     run,
     table,
     timed_steps,
-    write_readme,
+    write_tables,
 )
 
 FULL, LORA, FULL_PEER, LORA_PEER, BASE_PEER = (
@@ -90,18 +90,14 @@ def peer(case: str, dtype):
 if __name__ == "__main__":
     options = parser(__doc__).parse_args()
     found = run(options, measure, [FULL_PEER, FULL, LORA_PEER, LORA, BASE_PEER], "sonnets")
-    lines = table(found, {"step_s": "seconds a step", "limit_s": "limit", "share_of_limit": "share of the limit",
-                          "peak_gb": "peak memory, GB", "product_tflops": "products, TFLOP/s"})  # fmt: skip
-    lines += ["", f"| ratio, median of {options.rounds} rounds (range) | {' | '.join(options.dtypes)} |"]
-    lines.append("|---" * (1 + len(options.dtypes)) + "|")
-    for what, case, others, figure in (
+    columns = {"step_s": "seconds a step", "limit_s": "limit", "share_of_limit": "share of the limit",
+               "peak_gb": "peak memory, GB", "product_tflops": "products, TFLOP/s"}  # fmt: skip
+    ratios = [
         ("LoRA step / the best peer's", LORA, [LORA_PEER, BASE_PEER], "step_s"),
         ("full step / the peer's", FULL, [FULL_PEER], "step_s"),
         ("LoRA step / our full step", LORA, [FULL], "step_s"),
         ("LoRA memory / the best peer's", LORA, [LORA_PEER, BASE_PEER], "peak_gb"),
         ("LoRA memory / our full's", LORA, [FULL], "peak_gb"),
         ("full memory / the peer's", FULL, [FULL_PEER], "peak_gb"),
-    ):
-        cells = (ratio(found, dtype, case, others, figure) for dtype in options.dtypes)
-        lines.append(f"| {what} | {' | '.join(cells)} |")
-    write_readme("sonnets", lines)
+    ]
+    write_tables("sonnets", table(found, columns), ratio_table(found, options, ratios))
