@@ -95,6 +95,8 @@ def classify(model, dataset: PairsDataset) -> Tensor:
             batch = dataset.collate(rows)
             found = model(batch["input_ids"].to(device), batch["attention_mask"].to(device))
             logits[rows] = found.float().cpu()
+    if not logits.isfinite().all():
+        raise FloatingPointError("the model's logits are not finite: its weights can't be used; train or copy it again")
     return logits
 
 
