@@ -146,8 +146,7 @@ class TrainConfig:
     device: str = option("auto", "auto takes CUDA where there is one; or cpu, cuda, cuda:1")
 
     def __post_init__(self):
-        least = {"batch_size": 1, "lr": 1e-12}
-        below = {"seed": 2**63, "warmup": 1}
+        least, below = {"batch_size": 1, "lr": 1e-12}, {"seed": 2**63, "warmup": 1}
         for entry in dataclasses.fields(self):
             if not isinstance(entry.default, str):
                 value = getattr(self, entry.name)
@@ -237,8 +236,7 @@ def parse(parser: Parser, arguments, task: str, report: dict, only: str, unused:
         parser.set_defaults(**report)
     options = parser.parse_args(arguments)
     if not options.use_lora:
-        names = [f"lora_{entry.name}" for entry in dataclasses.fields(LoRAConfig)]
-        refuse(parser, options, names, "without --use_lora")
+        refuse(parser, options, [f"lora_{item.name}" for item in dataclasses.fields(LoRAConfig)], "without --use_lora")
     if getattr(options, only):
         names = {entry.name for entry in dataclasses.fields(TrainConfig)} - {"seed", "device", "dtype"}
         refuse(parser, options, ("use_lora", "out_dir", "resume", *sorted(names), *unused), f"with --{only}")

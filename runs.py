@@ -148,6 +148,7 @@ class Run:
         return self.folder / "resume" / "state.pt"
 
     def save_state(self, state: dict) -> None:
+        (self.folder / "config.json").stat()  # fails where the folder has vanished: it must not be made anew in silence
         with replacing_file(self.state_path) as file:
             torch.save(state, file)
 
