@@ -57,7 +57,7 @@ def exit_cleanly():
 
 def check(name: str, value, least: float, below: float = math.inf, kind=int | float) -> None:
     """Raise InputError, naming the setting, unless its value is such a number, at least `least` and below `below`."""
-    if not isinstance(value, kind) or not least <= value < below:
+    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < below:
         limit = f" and below {below}" if below < math.inf else ""
         raise InputError(f"{name} must be a {'whole ' * (kind is int)}number of at least {least}{limit}, not {value!r}")
 

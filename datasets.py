@@ -66,8 +66,8 @@ def read_sonnets(path: str | Path) -> list[Sonnet]:
         raise InputError(f"{path} holds no sonnet; expected a number on a line of its own, then the sonnet's lines")
     seen = set()
     for sonnet in sonnets:
-        if not sonnet.text:
-            raise InputError(f"{path}: sonnet {sonnet.number} has no text; remove it or complete it")
+        if not 1 <= len(sonnet.text) <= 2**17:  # more than 1,024 tokens spell, and slow to count in tokens
+            raise InputError(f"{path}: sonnet {sonnet.number} has {len(sonnet.text)} characters; complete or shorten")
         if sonnet.number in seen:
             raise InputError(f"{path}: sonnet {sonnet.number} occurs twice; remove one")
         seen.add(sonnet.number)
@@ -170,7 +170,7 @@ def read_pairs(path: str | Path, way_out: str, dropped: list[int]) -> Iterator[P
                 found = repr("\t".join(header))[:200]
                 raise InputError(f"{path} lacks the column {', '.join(lacking)} in its tab-separated header, {found}")
             for row in rows:
-                if not any(row):  # an empty line, or the one added
+                if row in ([], ["", ""]):  # an empty line, or the one added
                     continue
                 pair = _as_pair(header, row, f"{path}, line {rows.line_num}", rows.line_num)
                 if pair:

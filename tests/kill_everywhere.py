@@ -184,7 +184,8 @@ def child(root: Path, arguments: list[str], kind: str, at: int | None, event, lo
             code = 0
         except SystemExit as stop:
             code = stop.code
-        (Path(f"{log}.points")).write_bytes("\n".join(faults.names).encode())
+        if at is None:
+            Path(f"{log}.points").write_bytes("\n".join(faults.names).encode())
     except BaseException:
         traceback.print_exc()
     finally:

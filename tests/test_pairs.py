@@ -119,6 +119,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path, name):
 def test_pandas_reads_the_same_fields(read):
     """The course's code reads with pandas, tab-separated; quotes are undone once more here."""
     import pandas
+
     rows = ROWS + '2\tc\t"He said ""so"""\tit\'s "x" y\t1.0\n3\td\t"two\nlines"\t😀 の\t0.0\n'
     pairs = read(rows)
     table = pandas.read_csv(io.StringIO(rows), sep="\t", keep_default_na=False)
