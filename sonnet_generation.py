@@ -28,11 +28,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     writing.add_argument("--adapter", metavar="DIR", help="a LoRA adapter's folder, for --generate_only")
     writing.add_argument("--model", metavar="DIR", help="a model's folder, for --generate_only")
     files.add_argument("--sonnet_out", default="predictions/generated_sonnets.txt", metavar="FILE", help="new sonnets")
-    unused = ("dtype", "sonnet_path", "dev_sonnet_path")
-    options = parse(parser, arguments, "sonnets", REPORT, "generate_only", unused)
+    options = parse(parser, arguments, "sonnets", REPORT, "generate_only", ("dtype", "sonnet_path", "dev_sonnet_path"))
     if not options.generate_only:
-        why = "without --generate_only (to train from a folder, name it by --model_size)"
-        refuse(parser, options, ("adapter", "model"), why)
+        refuse(parser, options, ("adapter", "model"), "without --generate_only (--model_size trains from a folder)")
     if options.model:
         refuse(parser, options, ("model_size",), "beside --model")
     check_outputs(options, ("sonnet_out",), ("sonnet_path", "dev_sonnet_path", "held_out_sonnet_path"))

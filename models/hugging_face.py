@@ -104,10 +104,13 @@ def find_model(model: str | Path) -> Path:
         if not os.path.isfile(Path(model) / "config.json"):
             raise InputError(f"{model} is neither one of {', '.join(PRESETS)} nor a folder that holds a config.json")
         return Path(model)
-    from huggingface_hub import hf_hub_download  # imported here: a run on a local folder needs no hub
+    # imported here: a run on a local folder needs no hub
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-    for local in (True, False):  # what is in the cache asks no network; there, each file has its time limit
+    for local in (True, False):  # what is in the cache asks no network
         try:
+            if not local:  # whether the hub answers: a download's own tries take minutes to give up
+                get_hf_file_metadata(hf_hub_url(str(model), HUB_FILES[0]), timeout=10)
             paths = [hf_hub_download(str(model), name, local_files_only=local, etag_timeout=10) for name in HUB_FILES]
             return Path(paths[0]).parent
         except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors

@@ -85,7 +85,11 @@ def test_a_malicious_pickle_is_refused(kit, tmp_path, capsys, place, dump):
     assert error.count("\n") == 1
     assert str(path.parent) in error
     assert not marker.exists()
-    (pickle.loads if dump is raw else lambda _: torch.load(path, weights_only=False))(path.read_bytes())
+    path = path.rename(tmp_path / "anything")
+    if dump is raw:
+        pickle.loads(path.read_bytes())
+    else:
+        torch.load(path, weights_only=False)
     assert marker.exists()  # what an unrestricted reader would have done
 
 
@@ -175,18 +179,19 @@ def test_a_hub_that_hangs_ends_by_its_time_limit(kit, tmp_path):
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        silent = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
-                  "HF_HUB_ETAG_TIMEOUT": "2"}  # fmt: skip
+        silent = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
         said, seconds = hub(tmp_path, **silent)
         assert "refused: gpt2 is not in the local cache" in said
-        assert seconds < 100
+        assert 9 < seconds < 60
         fill_cache(tmp_path, kit / "model")
         said, seconds = hub(tmp_path, **silent)
         assert "snapshots" in said
 
 
-DETERMINED = [{"TZ": "Asia/Tokyo"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-              {"LC_ALL": "tr_TR.UTF-8", "LANG": "tr_TR.UTF-8"}, {"PYTHONHASHSEED": "7"}]  # fmt: skip
+DETERMINED = [
+    {"TZ": "Asia/Tokyo", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    {"PYTHONHASHSEED": "7", "LC_ALL": "tr_TR.UTF-8", "LANG": "tr_TR.UTF-8"},
+]
 
 
 def test_locale_time_zone_and_hashes_change_nothing(kit, tmp_path):
@@ -196,9 +201,9 @@ def test_locale_time_zone_and_hashes_change_nothing(kit, tmp_path):
         "import kill_everywhere as k\n"
         "root, out, k.figures.draw_attention = *map(pathlib.Path, sys.argv[1:]), k.drawn\n"
         "k.figures.draw_curves = k.drawn\n"
-        "for task, script in k.SCRIPTS.items():\n"
-        "    given = k.options(root, f'{task}-lora', out / task)\n"
-        "    script.main(script.parse_options(given))\n"
+        "with k.exit_cleanly():\n"
+        "    for task, script in k.SCRIPTS.items():\n"
+        "        script.main(script.parse_options(k.options(root, f'{task}-lora', out / task)))\n"
         "left = {task: k.left_behind(out / task) for task in k.SCRIPTS}\n"
         "print(hashlib.sha256(repr(left).encode()).hexdigest())\n"
     )
