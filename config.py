@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import dataclasses
+import math
+import os
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -39,17 +41,25 @@ def exit_cleanly():
         resume = "" if "--resume" in sys.argv else " --resume"
         message, code = f"{stop}; go on with: python {shlex.join(sys.argv)}{resume}", stop.exit_code
     except KeyboardInterrupt:
-        message, code = "stopped; what was saved before stands", 130
+        message, code = "stopped; what was saved before stands (a run goes on with --resume)", 130
     except FloatingPointError as error:
         message, code = f"error: {error}; what was saved before stands", 1
     except OSError as error:  # a full disk, a folder that can't be written
-        message, code = f"error: {error.filename or ''} {error.strerror or error}; what was saved before stands", 1
+        reason = f"{error.filename or 'a file'}: {error.strerror or error}"
+        message, code = f"error: {reason}; what was saved before stands (a run goes on with --resume)", 1
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         message, code = "error: out of memory; a smaller --batch_size, or --use_lora, takes less", 1
-    print(message, file=sys.stderr)
+    print(" ".join(message.splitlines()), file=sys.stderr)
     sys.exit(code)
+
+
+def check(name: str, value, least: float, below: float = math.inf, kind=int | float) -> None:
+    """Raise InputError, naming the setting, unless its value is such a number, at least `least` and below `below`."""
+    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < below:
+        limit = f" and below {below}" if below < math.inf else ""
+        raise InputError(f"{name} must be a {'whole ' * (kind is int)}number of at least {least}{limit}, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -65,9 +75,11 @@ class GPT2Config:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self):
-        for name in ("layers", "width", "heads", "vocab_size", "positions"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise InputError(f"a model needs {name} of at least 1, not {getattr(self, name)!r}")
+        # a file that claims more would have us build it before its weights are looked at
+        for name, most in (("layers", 10), ("width", 17), ("heads", 17), ("vocab_size", 24), ("positions", 24)):
+            check(f"a model's {name}", getattr(self, name), 1, 2**most, int)
+        for name in ("dropout", "layer_norm_eps"):
+            check(f"a model's {name}", getattr(self, name), 0, 1)
         if self.width % self.heads:
             raise InputError(f"width {self.width} does not divide into {self.heads} heads")
 
@@ -107,12 +119,9 @@ class LoRAConfig:
     )
 
     def __post_init__(self):
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise InputError(f"LoRA's rank must be a whole number of at least 1, not {self.rank!r}")
-        if not self.alpha > 0:
-            raise InputError(f"LoRA's alpha must be above 0, not {self.alpha!r}")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"LoRA's dropout must be at least 0 and below 1, not {self.dropout!r}")
+        check("LoRA's rank", self.rank, 1, kind=int)
+        check("LoRA's alpha", self.alpha, 1e-6, 1e6)
+        check("LoRA's dropout", self.dropout, 0, 1)
         unknown = sorted(set(self.targets) - set(LINEARS))
         if unknown or not self.targets:
             raise InputError(f"LoRA's targets {unknown or 'are empty'}: choose from {', '.join(LINEARS)}")
@@ -138,19 +147,11 @@ class TrainConfig:
     device: str = option("auto", "auto takes CUDA where there is one; or cpu, cuda, cuda:1")
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "grad_accumulation", "seed", "patience", "checkpoint_every"):
-            least = int(name in ("batch_size", "grad_accumulation"))
-            if getattr(self, name) < least:
-                raise InputError(f"--{name} must be at least {least}, not {getattr(self, name)}")
-        if not 0 < self.lr < float("inf"):
-            raise InputError(f"--lr must be above 0, not {self.lr}")
-        if not 0 <= self.warmup < 1:
-            raise InputError(f"--warmup is a share of all steps, at least 0 and below 1, not {self.warmup}")
-        for name in ("max_grad_norm", "weight_decay"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"--{name} must be at least 0, not {getattr(self, name)}")
-        if self.seed >= 2**63:
-            raise InputError(f"--seed must be below 2**63, not {self.seed}")
+        least, below = {"batch_size": 1, "grad_accumulation": 1, "lr": 1e-12}, {"seed": 2**63, "warmup": 1}
+        for entry in dataclasses.fields(self):
+            if not isinstance(entry.default, str):
+                value = getattr(self, entry.name)
+                check(f"--{entry.name}", value, least.get(entry.name, 0), below.get(entry.name, math.inf))
 
 
 # AdamW's learning rates. For tiny, the best on dev of the sweep in data/README.md (sonnets), or good first choices
@@ -177,15 +178,10 @@ def add_options(parser: argparse.ArgumentParser, config_class, title: str, prefi
     for entry in dataclasses.fields(config_class):
         default = defaults.get(entry.name, entry.default)
         many = isinstance(entry.default, tuple)
-        group.add_argument(
-            f"--{prefix}{entry.name}",
-            type=str if many else type(entry.default),
-            nargs="+" if many else None,
-            default=default,
-            choices=entry.metadata.get("choices"),
-            metavar=None if entry.metadata.get("choices") and not many else "NAME" if many else "N",
-            help=entry.metadata["help"],
-        )
+        choices = entry.metadata.get("choices")
+        group.add_argument(f"--{prefix}{entry.name}", type=str if many else type(entry.default), default=default,
+                           nargs="+" if many else None, choices=choices, help=entry.metadata["help"],
+                           metavar=None if choices and not many else "NAME" if many else "N")  # fmt: skip
 
 
 def shared_options(parser: argparse.ArgumentParser, task: str, **train_defaults) -> tuple:
@@ -205,11 +201,48 @@ def shared_options(parser: argparse.ArgumentParser, task: str, **train_defaults)
     return what, files
 
 
-def parse(parser: argparse.ArgumentParser, arguments: list[str] | None, task: str, report: dict) -> argparse.Namespace:
-    """Parse a task script's options; `method` and, where it was not given, `lr` follow from the others."""
+class Parser(argparse.ArgumentParser):
+    """Says in one line, as all our errors do, what can't be parsed."""
+
+    def error(self, message: str):
+        raise InputError(f"{message}; --help lists what can be given")
+
+
+def refuse(parser: argparse.ArgumentParser, options: argparse.Namespace, names, where: str) -> None:
+    """Raise InputError for the first of these options that was given: where it is, it would be ignored unsaid."""
+    for name in names:
+        if getattr(options, name) != parser.get_default(name):
+            raise InputError(f"--{name} {getattr(options, name)} has no effect {where}; leave one of the two out")
+
+
+def check_outputs(options: argparse.Namespace, outputs: tuple[str, ...], inputs: tuple[str, ...]) -> None:
+    """Raise InputError for a path that can't be written to, or would replace an input or another output."""
+    taken = {Path(getattr(options, name)).resolve(): name for name in inputs}
+    for name in outputs:
+        path = Path(getattr(options, name)).resolve()
+        above = next(folder for folder in path.parents if os.path.exists(folder))
+        problem = f"is the file of --{taken[path]} too" if path in taken else "is a folder" if path.is_dir() else ""
+        if not (above.is_dir() and os.access(above, os.W_OK)):
+            problem = f"can't be written: {above} is no folder that may be written to"
+        if problem:
+            raise InputError(f"--{name} {path} {problem}; name another file")
+        taken[path] = name
+
+
+def parse(parser: Parser, arguments, task: str, report: dict, only: str, unused: tuple) -> argparse.Namespace:
+    """Parse a task script's options; `method` and, where it was not given, `lr` follow from the others.
+
+    Raises InputError for an option that LoRA alone has, given without it, and in the mode `only`, which trains
+    nothing, for one of training or among `unused`.
+    """
     if parser.parse_known_args(arguments)[0].preset == "report":
         parser.set_defaults(**report)
     options = parser.parse_args(arguments)
+    if not options.use_lora:
+        refuse(parser, options, [f"lora_{item.name}" for item in dataclasses.fields(LoRAConfig)], "without --use_lora")
+    if getattr(options, only):
+        names = {entry.name for entry in dataclasses.fields(TrainConfig)} - {"seed", "device", "dtype"}
+        refuse(parser, options, ("use_lora", "gradient_checkpointing", "out_dir", "resume", *sorted(names), *unused), f"with --{only}")
     options.method = "lora" if options.use_lora else "full"
     if options.lr is None:
         rates = LEARNING_RATES[task].get("report" if options.preset else options.model_size, _GPT2_RATES)

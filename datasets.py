@@ -67,8 +67,8 @@ def read_sonnets(path: str | Path) -> list[Sonnet]:
         raise InputError(f"{path} holds no sonnet; expected a number on a line of its own, then the sonnet's lines")
     seen = set()
     for sonnet in sonnets:
-        if not sonnet.text:
-            raise InputError(f"{path}: sonnet {sonnet.number} has no text; remove it or complete it")
+        if not 1 <= len(sonnet.text) <= 2**17:  # more than 1,024 tokens spell, and slow to count in tokens
+            raise InputError(f"{path}: sonnet {sonnet.number} has {len(sonnet.text)} characters; complete or shorten")
         if sonnet.number in seen:
             raise InputError(f"{path}: sonnet {sonnet.number} occurs twice; remove one")
         seen.add(sonnet.number)
@@ -111,8 +111,8 @@ class SonnetsDataset:
         self.sonnets = sonnets
         self.sequences = []
         for sonnet, encoding in zip(sonnets, gpt.tokenizer.encode_batch([s.text for s in sonnets]), strict=True):
-            if len(encoding.ids) > gpt.config.positions:
-                raise InputError(f"sonnet {sonnet.number} has {len(encoding.ids)} tokens; the model reads at most "
+            if not 1 <= len(encoding.ids) <= gpt.config.positions:
+                raise InputError(f"sonnet {sonnet.number} has {len(encoding.ids)} tokens; the model reads 1 to at most "
                                  f"{gpt.config.positions}: shorten or split it")  # fmt: skip
             self.sequences.append(torch.tensor([*encoding.ids, gpt.end_of_text]))
         self.first_token_characters = [len(gpt.tokenizer.decode(sequence[:1].tolist())) for sequence in self.sequences]
@@ -164,14 +164,14 @@ def read_pairs(path: str | Path, way_out: str, dropped: list[int]) -> Iterator[P
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.reader(file, delimiter="\t")
+            rows = csv.reader(chain(file, ["\t\n"]), delimiter="\t")  # ends up in a field whose quote is still open
             header = next(rows, [])
             lacking = [name for name in ("id", "sentence1", "sentence2") if name not in header]
             if lacking:
                 found = repr("\t".join(header))[:200]
                 raise InputError(f"{path} lacks the column {', '.join(lacking)} in its tab-separated header, {found}")
             for row in rows:
-                if not row:  # an empty line
+                if row in ([], ["", ""]):  # an empty line, or the one added
                     continue
                 pair = _as_pair(header, row, f"{path}, line {rows.line_num}", rows.line_num)
                 if pair:

@@ -170,7 +170,10 @@ def classify(model, dataset: PairsDataset) -> Tensor:
             batch = dataset.collate(rows)
             found = model(batch["input_ids"].to(device), batch["attention_mask"].to(device))
             logits[rows] = found.float().cpu()
-    return sum(processes.from_all(logits))  # each process filled its own rows
+    logits = sum(processes.from_all(logits))  # each process filled its own rows
+    if not logits.isfinite().all():
+        raise FloatingPointError("the model's logits are not finite: its weights can't be used; train or copy it again")
+    return logits
 
 
 def classification_figures(logits: Tensor, labels: Tensor) -> dict[str, float]:

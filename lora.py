@@ -200,10 +200,8 @@ def load_adapter(module: nn.Module, folder: str | Path) -> nn.Module:
     gpt, folder = backbone(module), Path(folder)
     settings, tensors, ours = _read_adapter(folder)
     if ours and ours["base_sha256"] != (actual := fingerprint(gpt)):
-        raise InputError(
-            f"{folder} was trained on another base, whose weights have the SHA-256 {ours['base_sha256'][:12]}...; "
-            f"this model's is {actual[:12]}...: name the base it was trained on with --model_size"
-        )
+        raise InputError(f"{folder} was trained on another base, of SHA-256 {ours['base_sha256'][:12]}..., and not "
+                         f"{actual[:12]}...: name the base it was trained on with --model_size")  # fmt: skip
     rank, pairs = settings["r"], {}
     for layer in range(gpt.config.layers):
         for theirs, names in PEFT_MODULES.items():
@@ -211,17 +209,15 @@ def load_adapter(module: nn.Module, folder: str | Path) -> nn.Module:
             if a is None and b is None:
                 continue
             if a is None or b is None:
-                raise InputError(
-                    f"{folder}: h.{layer}.{theirs} has lora_{'B' if a is None else 'A'} alone; copy it again"
-                )
+                side = "B" if a is None else "A"
+                raise InputError(f"{folder}: h.{layer}.{theirs} has lora_{side} alone; copy it again")
             adapted = [name for name in names if not ours or name.rsplit(".", 1)[-1] in ours["targets"]]
             for column, name in enumerate(adapted):
                 block = slice(column * rank, (column + 1) * rank) if ours else slice(None)
-                pairs[f"layers.{layer}.{name}"] = (a[block], b.chunk(len(names))[names.index(name)][:, block])
+                pairs[f"layers.{layer}.{name}"] = (a[block], b.tensor_split(len(names))[names.index(name)][:, block])
     if tensors or not pairs:
-        raise InputError(
-            f"{folder}: tensors that this GPT-2 has no place for: {', '.join(sorted(tensors)[:3]) or 'none found'}"
-        )
+        strange = ", ".join(sorted(tensors)[:3]) or "none found"
+        raise InputError(f"{folder}: tensors that this GPT-2 has no place for: {strange}; it is for another model")
     plain = {name.replace(".base", ""): part for name, part in gpt.named_modules() if isinstance(part, nn.Linear)}
     for name, (a, b) in pairs.items():
         wanted = (rank, plain[name].in_features), (plain[name].out_features, rank)
@@ -255,12 +251,14 @@ def _read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor], dict | None]:
             note = json.loads((file.metadata() or {}).get("adapter", "null"))
             tensors = {re.sub(r"^base_model\.model\.(transformer\.)?", "", name): file.get_tensor(name).float()
                        for name in file.keys()}  # fmt: skip  # noqa: SIM118 (a safetensors file is no dict)
+        if any(tensor.ndim != 2 for tensor in tensors.values()):
+            raise ValueError("a tensor that is no matrix")
         rank, alpha = settings["r"], settings["lora_alpha"]
         if settings["peft_type"] != "LORA" or not isinstance(rank, int) or not isinstance(alpha, int | float):
             raise ValueError(f"peft_type {settings['peft_type']!r}, r {rank!r}, lora_alpha {alpha!r}")
         if note is not None and not (isinstance(note["targets"], list) and isinstance(note["base_sha256"], str)):
             raise ValueError(f"metadata {note!r}")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder} is not a LoRA adapter that can be read ({error!r})") from error
     refused = [name for name, value in settings.items() if value and name not in KNOWN]
     refused += ["bias"] * (settings.get("bias", "none") != "none")

@@ -6,9 +6,10 @@ python paraphrase_detection.py --model_size gpt2 --dataset quora  # 124M weights
 
 import argparse
 import math
+import os
 from pathlib import Path
 
-from config import ROOT, HelpFormatter, InputError, exit_cleanly, parse, shared_options
+from config import ROOT, HelpFormatter, InputError, Parser, check_outputs, exit_cleanly, parse, refuse, shared_options
 
 REPORT = {"model_size": "gpt2", "pair_encoding": "joint", "epochs": 3, "patience": 3,
           "batch_size": 8, "schedule": "constant", "warmup": 0.0, "max_grad_norm": 0.0}  # fmt: skip
@@ -23,7 +24,7 @@ ERRORS = 10  # in errors.md
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     what, files = shared_options(
         parser, "paraphrases", epochs=3, batch_size=16, schedule="linear", warmup=0.06, max_grad_norm=1.0
     )
@@ -43,13 +44,14 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--predict_only", action="store_true", help="judge dev and test with --model; no training")
     what.add_argument("--model", metavar="DIR", help="a run's best/ folder, for --predict_only; "
                       "of a LoRA run, --model_size names its base")  # fmt: skip
-    options = parse(parser, arguments, "paraphrases", REPORT)
+    unused = ("seed", "pooling", "pair_encoding", "para_train", *PENALTIES)
+    options = parse(parser, arguments, "paraphrases", REPORT, "predict_only", unused)
     if options.pair_encoding is None:  # tiny never learns to compare within a prompt: results/poolings.md
         options.pair_encoding = "separate" if options.model_size == "tiny" else "joint"
     if bool(options.model) != options.predict_only:
         raise InputError("--predict_only and --model DIR go together; to train from a folder, name it by --model_size")
-    if options.predict_only and (options.resume or options.out_dir):
-        raise InputError("--predict_only makes no run: leave --resume and --out_dir out")
+    if options.model and not os.path.isfile(os.path.join(options.model, "adapter_config.json")):
+        refuse(parser, options, ("model_size",), "beside --model, a folder that is no adapter of LoRA's")
     needed = SPLITS[1:] if options.predict_only else SPLITS
     named = [split for split in needed if getattr(options, f"para_{split}")]
     if named and len(named) < len(needed) and not options.dataset:
@@ -60,6 +62,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     for split, name in zip(SPLITS, DATASETS.get(options.dataset, [()])[0], strict=False):
         path = getattr(options, f"para_{split}") or str(ROOT / "data" / name)
         setattr(options, f"para_{split}", path)
+    check_outputs(options, ("para_dev_out", "para_test_out"), tuple(f"para_{split}" for split in needed))
     return options
 
 

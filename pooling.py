@@ -9,6 +9,8 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
+from config import check
+
 
 class Pooling(nn.Module):
     """What all poolings share; `width` is that of the vector they return."""
@@ -67,6 +69,7 @@ class GeneralizedPooling(Pooling):
         return _softmax(torch.tanh(self.score(hidden)), attention_mask)  # (B, T, 1)
 
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = _fill(hidden, attention_mask, 0)  # 0 times what is not finite at padding would not be 0
         return (self._attend(hidden, attention_mask) * hidden).sum(1)
 
     def token_weights(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
@@ -82,14 +85,9 @@ class MultiHeadPooling(Pooling):
     two heads come within a distance of 1, which at the usual initialisation they never do.
     """
 
-    def __init__(
-        self,
-        width: int,
-        heads: int = 5,
-        parameter_penalty: float = 0.01,
-        attention_penalty: float = 0.0,
-        vector_penalty: float = 0.0,
-    ):
+    def __init__(self, width: int, heads: int = 5, parameter_penalty: float = 0.01,
+                 attention_penalty: float = 0.0, vector_penalty: float = 0.0):  # fmt: skip
+        check("the pooling's heads", heads, 1, 100, int)  # a file could ask for any number
         super().__init__(heads * width)
         self.inner = nn.ModuleList(nn.Linear(width, width // 2) for _ in range(heads))
         self.outer = nn.ModuleList(nn.Linear(width // 2, width) for _ in range(heads))
@@ -102,6 +100,7 @@ class MultiHeadPooling(Pooling):
         return [_softmax(outer(torch.relu(inner(hidden))), attention_mask) for inner, outer in heads]  # (B, T, C) each
 
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = _fill(hidden, attention_mask, 0)
         return torch.cat([(weights * hidden).sum(1) for weights in self._attend(hidden, attention_mask)], dim=1)
 
     def token_weights(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
@@ -110,6 +109,7 @@ class MultiHeadPooling(Pooling):
     def penalty(self, hidden: Tensor, attention_mask: Tensor) -> Tensor | float:
         total = self.parameter_penalty * _closeness([inner.weight[None] for inner in self.inner])
         if self.attention_penalty or self.vector_penalty:  # attends once more: rarely used, and the code stays plain
+            hidden = _fill(hidden, attention_mask, 0)
             attention = self._attend(hidden, attention_mask)
             vectors = [(weights * hidden).sum(1) for weights in attention]
             total = total + self.attention_penalty * _closeness(attention) + self.vector_penalty * _closeness(vectors)

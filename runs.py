@@ -30,13 +30,37 @@ NOT_COMPARED = {
 @contextlib.contextmanager
 def replacing_file(path: Path):
     """Yield a file to write; a kill at any instant leaves the old content under `path`, or all of the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with _named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _named(path: Path):
+    """Raise what a full or failed disk raises as an OSError that names `path`; torch and safetensors hide it."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, OSError | SafetensorError):
+            raise
+        raise OSError(errno.EIO, str(cause), str(path)) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename outlast a power cut, where a folder can be opened and synced: not on Windows, nor on any mount."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -58,17 +82,17 @@ def replacing_folder(folder: Path):
     fresh, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    try:
+    with _named(folder):
+        fresh.mkdir(parents=True)
         yield fresh
-    except SafetensorError as error:  # what safetensors makes of a full disk
-        raise OSError(errno.EIO, str(error), str(fresh)) from error
-    for path in fresh.iterdir():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    if folder.exists():
-        os.replace(folder, old)  # a folder can't be replaced in one step; --resume repeats an epoch cut off here
-    os.replace(fresh, folder)
+        for path in fresh.iterdir():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        _sync_folder(fresh)
+        if folder.exists():
+            os.replace(folder, old)  # a folder can't be replaced in one step: --resume undoes a half
+        os.replace(fresh, folder)
+        _sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -82,29 +106,26 @@ class Run:
         parent = ROOT / "runs" / task
         self.resumed = False
         if options["resume"]:
-            candidates = (
-                [named]
-                if named
-                else sorted(parent.glob(f"{glob.escape(name)}*"), key=lambda path: path.stat().st_mtime)
-            )
-            unfinished = [path for path in candidates if self._unfinished(path, facts)]
+            found = [named] if named else parent.glob(f"{glob.escape(name)}*")
+            unfinished = [path for path in found if self._unfinished(path, facts)]
             if unfinished:
-                self.folder, self.resumed = unfinished[-1], True
+                self.folder, self.resumed = max(unfinished, key=lambda path: (path.stat().st_mtime, path.name)), True
+                old = self.best.with_name("best.old")
+                if old.exists() and not self.best.exists():  # killed between the renames of replacing_folder
+                    os.replace(old, self.best)
                 return
         self.folder = named or parent / name
-        if named and (named / "config.json").exists():
-            raise InputError(
-                f"{named} already holds a run; name another --out_dir. (--resume goes on with an unfinished run of the "
-                "same options, data and precision.)"
-            )
+        if named and ((named / "config.json").exists() or (named / "resume").exists()):
+            raise InputError(f"{named} already holds a run; name another --out_dir. (--resume goes on with an "
+                             "unfinished run of the same options, data and precision.)")  # fmt: skip
         counter = 1
         while True:
             try:
                 self.folder.mkdir(parents=True, exist_ok=named is not None)
                 break
-            except FileExistsError:
-                if named:
-                    raise InputError(f"--out_dir {named} is a file; name a folder") from None
+            except (FileExistsError, NotADirectoryError) as error:
+                if named or isinstance(error, NotADirectoryError):
+                    raise InputError(f"--out_dir {self.folder} is a file, or below one; name a folder") from None
                 counter += 1
                 self.folder = parent / f"{name}-{counter}"
         write_json(self.folder / "config.json", {"options": self.options, **facts})
@@ -117,7 +138,7 @@ class Run:
             for name in NOT_COMPARED:
                 known["options"].pop(name, None), wanted["options"].pop(name, None)
             same = all(known.get(key) == wanted.get(key) for key in ("options", "data_sha256", "device_type", "dtype"))
-        except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
             return False
         return same and not (folder / "summary.json").exists()
 
@@ -130,6 +151,7 @@ class Run:
         return self.folder / "resume" / "state.pt"
 
     def save_state(self, state: dict) -> None:
+        (self.folder / "config.json").stat()  # fails where the folder has vanished: it must not be made anew in silence
         with replacing_file(self.state_path) as file:
             torch.save(state, file)
 
@@ -140,9 +162,8 @@ class Run:
         try:
             return torch.load(self.state_path, weights_only=True, map_location="cpu")
         except Exception as error:  # unpickling a broken file raises almost anything
-            raise InputError(
-                f"{self.state_path} can't be read ({type(error).__name__}); delete it to start over"
-            ) from error
+            reason = type(error).__name__
+            raise InputError(f"{self.state_path} can't be read ({reason}); delete it to start over") from error
 
     def write_metrics(self, rows: list[dict]) -> None:
         """metrics.csv, a row an epoch."""

@@ -7,13 +7,13 @@ python sonnet_generation.py --model_size gpt2     # OpenAI's 124M weights, from 
 import argparse
 from pathlib import Path
 
-from config import ROOT, HelpFormatter, InputError, exit_cleanly, parse, shared_options
+from config import ROOT, HelpFormatter, InputError, Parser, check_outputs, exit_cleanly, parse, refuse, shared_options
 
 REPORT = {"model_size": "gpt2", "epochs": 10, "batch_size": 8, "patience": 3, "temperature": 1.2, "top_p": 0.9}
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     what, files = shared_options(parser, "sonnets", patience=3)
     for name, split in (("sonnet_path", "train"), ("dev_sonnet_path", "dev"), ("held_out_sonnet_path", "test")):
         path = str(ROOT / "data" / f"Shakespeare_Sonnets_{split}.csv")
@@ -28,11 +28,12 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     writing.add_argument("--adapter", metavar="DIR", help="a LoRA adapter's folder, for --generate_only")
     writing.add_argument("--model", metavar="DIR", help="a model's folder, for --generate_only")
     files.add_argument("--sonnet_out", default="predictions/generated_sonnets.txt", metavar="FILE", help="new sonnets")
-    options = parse(parser, arguments, "sonnets", REPORT)
-    if (options.adapter or options.model) and not options.generate_only:
-        raise InputError(
-            "--adapter and --model go with --generate_only; to train from a folder, name it by --model_size"
-        )
+    options = parse(parser, arguments, "sonnets", REPORT, "generate_only", ("dtype", "sonnet_path", "dev_sonnet_path"))
+    if not options.generate_only:
+        refuse(parser, options, ("adapter", "model"), "without --generate_only (--model_size trains from a folder)")
+    if options.model:
+        refuse(parser, options, ("model_size",), "beside --model")
+    check_outputs(options, ("sonnet_out",), ("sonnet_path", "dev_sonnet_path", "held_out_sonnet_path"))
     return options
 
 
@@ -71,13 +72,12 @@ def main(options: argparse.Namespace) -> None:
 
     sonnets, dev = read_sonnets(options.sonnet_path), read_sonnets(options.dev_sonnet_path)
     if not all(sonnet.continuation for sonnet in dev):
-        raise InputError(
-            f"{options.dev_sonnet_path}: a dev sonnet ends within the lines that are given; name whole ones"
-        )
+        raise InputError(f"{options.dev_sonnet_path}: a dev sonnet ends within the given lines; name whole ones")
     model = SonnetGPT(GPT2Model.from_pretrained(options.model_size))
     if options.use_lora:
         apply_lora(model, lora_config)
     model.to(device)
+    model.encode(prompts)  # one too long to continue ends the run now, not after training
     train_set, dev_set = SonnetsDataset(sonnets, model.gpt), SonnetsDataset(dev, model.gpt)
     whole = all(sonnet.continuation for sonnet in held_out)  # the course's file has three lines of each: no loss then
     test_set = SonnetsDataset(held_out, model.gpt) if whole else None

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import math
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -125,9 +126,8 @@ def train(
 
 def _not_finite(what: str, value: float, progress: Progress, rows: list) -> FloatingPointError:
     place = f"epoch {progress.epoch + 1}, step {progress.step + 1}, rows {rows}"
-    return FloatingPointError(
-        f"the {what} is {value} at {place}; try a smaller --lr, --max_grad_norm 1 or --dtype float32"
-    )
+    advice = "try a smaller --lr, --max_grad_norm 1 or --dtype float32"
+    return FloatingPointError(f"the {what} is {value} at {place}; {advice}")
 
 
 def _raise_if_stopped(stop: list[int], run: Run) -> None:
@@ -215,7 +215,7 @@ def _restore(run: Run, parameters, optimizer, scaler, device) -> Progress:
         if state["cuda_rng"]:
             torch.cuda.set_rng_state(state["cuda_rng"][processes.rank() % len(state["cuda_rng"])], device)
         return Progress(**state["progress"])
-    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
         raise InputError(f"{run.state_path} does not fit this model ({error}); delete it to start over") from error
 
 
@@ -269,16 +269,11 @@ def choose_device(name: str, use_gpu: bool = False) -> torch.device:
     """`auto` is CUDA where there is one; raises InputError for a device that is not there."""
     if use_gpu and name == "cpu":
         raise InputError("--use_gpu and --device cpu contradict each other; leave one out")
-    if use_gpu and name == "auto":
-        name = "cuda"
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device {name} is not a device; use auto, cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
+        name = "cuda" if use_gpu or torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,2})?", name):
         raise InputError(f"--device {name} is not supported; use auto, cpu or cuda")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"{'--use_gpu' if use_gpu else '--device ' + name}: no such CUDA device here; leave it out")
     return device

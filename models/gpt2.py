@@ -96,7 +96,7 @@ class GPT2Model(nn.Module):
     @functools.cached_property
     def tokenizer(self):
         """The `tokenizers.Tokenizer` of the folder that the weights came from."""
-        return load_tokenizer(self.folder)
+        return load_tokenizer(self.folder, self.config.vocab_size)
 
     @property
     def end_of_text(self) -> int:

@@ -1,6 +1,7 @@
 """Hugging Face folders: where they are, what their files hold, and the same tensors under this project's names."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from config import PRESETS, ROOT, GPT2Config, InputError
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
-FILES = ("config.json", "model.safetensors", *TOKENIZER_FILES)
+HUB_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 
 LAYER_NAMES = {  # Hugging Face's modules inside h.N, and ours; c_attn fuses query, key and value
     "ln_1": ("attention_norm",),
@@ -89,7 +90,7 @@ def read_weights(folder: Path, expected: dict[str, torch.Size]) -> dict[str, Ten
         raise InputError(f"{path} not found; a model folder holds config.json, model.safetensors and a tokenizer")
     try:
         return from_hugging_face(load_file(path), expected)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise InputError(f"{path} can't be read as safetensors ({error}); copy or download it again") from error
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
@@ -100,18 +101,23 @@ def find_model(model: str | Path) -> Path:
     if str(model) == "tiny":
         return ROOT / "data" / "tiny-gpt2"
     if str(model) not in PRESETS:
-        if not (Path(model) / "config.json").is_file():
+        if not os.path.isfile(Path(model) / "config.json"):
             raise InputError(f"{model} is neither one of {', '.join(PRESETS)} nor a folder that holds a config.json")
         return Path(model)
-    from huggingface_hub import snapshot_download  # imported here: a run on a local folder needs no hub
+    # imported here: a run on a local folder needs no hub
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-    try:
-        return Path(snapshot_download(str(model), allow_patterns=list(FILES), etag_timeout=10))
-    except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
-        raise InputError(
-            f"{model} is not in the local cache and can't be downloaded ({type(error).__name__}). Use --model_size "
-            "tiny, or the path of a folder that holds the model, or set HF_HOME to a cache that has it"
-        ) from error
+    for local in (True, False):  # what is in the cache asks no network
+        try:
+            if not local:  # whether the hub answers: a download's own tries take minutes to give up
+                get_hf_file_metadata(hf_hub_url(str(model), HUB_FILES[0]), timeout=10)
+            paths = [hf_hub_download(str(model), name, local_files_only=local, etag_timeout=10) for name in HUB_FILES]
+            return Path(paths[0]).parent
+        except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
+            reason = error
+    raise InputError(f"{model} is not in the local cache and can't be downloaded ({type(reason).__name__}). Use "
+                     "--model_size tiny, or the path of a folder that holds the model, or set HF_HOME to a cache that "
+                     "has it") from reason  # fmt: skip
 
 
 def read_config(folder: Path) -> GPT2Config:
@@ -122,12 +128,14 @@ def read_config(folder: Path) -> GPT2Config:
         shape = {ours: values[theirs] for ours, theirs in (
             ("layers", "n_layer"), ("width", "n_embd"), ("heads", "n_head"), ("vocab_size", "vocab_size"),
             ("positions", "n_positions"))}  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        dropouts = {values.get(name, 0.1) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
+        config = GPT2Config(**shape, dropout=min(dropouts), layer_norm_eps=values.get("layer_norm_epsilon", 1e-5))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, InputError) as error:
         raise InputError(f"{path} is not the configuration of a GPT-2 ({error!r})") from error
     wanted = {
         "model_type": ("gpt2",),
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "n_inner": (None, 4 * shape["width"]),
+        "n_inner": (None, config.feed_forward_width),
         "tie_word_embeddings": (True,),
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
@@ -136,10 +144,9 @@ def read_config(folder: Path) -> GPT2Config:
     for name, allowed in wanted.items():
         if values.get(name, allowed[0]) not in allowed:
             raise InputError(f"{path} sets {name} to {values[name]!r}; this GPT-2 has {allowed[-1]!r}")
-    dropouts = {values.get(name, 0.1) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
     if len(dropouts) > 1:
         raise InputError(f"{path} sets different dropouts {sorted(dropouts)}; this GPT-2 has one for all three")
-    return GPT2Config(**shape, dropout=dropouts.pop(), layer_norm_eps=values.get("layer_norm_epsilon", 1e-5))
+    return config
 
 
 def config_to_json(config: GPT2Config, end_of_text: int) -> dict:
@@ -153,24 +160,23 @@ def config_to_json(config: GPT2Config, end_of_text: int) -> dict:
     }  # fmt: skip
 
 
-def load_tokenizer(folder: Path | None):
-    """The tokenizer of a model folder; raises InputError where there is none."""
+def load_tokenizer(folder: Path | None, vocab_size: int):
+    """The tokenizer of a model folder; raises InputError where there is none, or one of more tokens than the model."""
     from tokenizers import ByteLevelBPETokenizer, Tokenizer  # imported here: a model without text needs none
 
     try:
-        if folder is not None and (folder / "tokenizer.json").is_file():
+        if (folder / "tokenizer.json").is_file():
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        elif folder is not None and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        else:
             tokenizer = ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
             tokenizer.add_special_tokens([END_OF_TEXT])
-        else:
-            raise InputError(f"{folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
-    except InputError:
-        raise
-    except Exception as error:  # the library raises bare Exception for a malformed file
-        raise InputError(f"{folder}: the tokenizer's files can't be read ({error})") from error
+    except Exception as error:  # the library raises bare Exception for a missing or malformed file
+        known = "tokenizer.json, or vocab.json and merges.txt"
+        raise InputError(f"{folder} holds no tokenizer ({known}) that can be read: {error}") from error
     tokenizer.no_padding()  # a file may hold settings of whoever saved it; ours are the collator's
     tokenizer.no_truncation()
     if tokenizer.token_to_id(END_OF_TEXT) is None:
         raise InputError(f"{folder}: the tokenizer lacks the token {END_OF_TEXT}")
+    if (largest := max(tokenizer.get_vocab().values())) >= vocab_size:
+        raise InputError(f"{folder}: the tokenizer's ids reach {largest}, the model has {vocab_size}: it is another's")
     return tokenizer

@@ -107,6 +107,6 @@ class ParaphraseGPT(nn.Module):
             with safe_open(path, "pt") as file:
                 model = cls(gpt, **json.loads((file.metadata() or {})["settings"]))
                 model._own.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, InputError) as error:
             raise InputError(f"{path} is not the head of this model ({error!r}); train it anew") from error
         return model.eval()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import InputError
+from config import InputError, check
 from models.gpt2 import GPT2Model
 from modules.attention import KVCache
 from modules.loss import cross_entropy
@@ -28,6 +28,15 @@ class SonnetGPT(nn.Module):
         hidden = self.gpt(input_ids)["last_hidden_state"]  # right padding needs no mask: causality hides it
         return cross_entropy(hidden, self.gpt.token_embedding.weight, labels)
 
+    def encode(self, prompts: list[str]) -> list[list[int]]:
+        """The prompts' tokens; raises InputError for an empty prompt, and for one that fills all positions."""
+        ids = [self.gpt.tokenizer.encode(prompt).ids for prompt in prompts]
+        if not all(ids):
+            raise InputError("a prompt is empty: give at least one character to continue")
+        if (width := max(map(len, ids))) >= (most := self.gpt.config.positions):
+            raise InputError(f"a prompt has {width} tokens; the model has {most} positions: shorten it")
+        return ids
+
     @torch.inference_mode()
     def generate(
         self,
@@ -49,12 +58,8 @@ class SonnetGPT(nn.Module):
         if not prompts:
             return []
         gpt, tokenizer = self.gpt.eval(), self.gpt.tokenizer
-        ids = [tokenizer.encode(prompt).ids for prompt in prompts]
-        if not all(ids):
-            raise InputError("a prompt is empty: give at least one character to continue")
+        ids = self.encode(prompts)
         width = max(map(len, ids))
-        if width >= gpt.config.positions:
-            raise InputError(f"a prompt has {width} tokens; the model has {gpt.config.positions} positions: shorten it")
         length = min(width + max_new_tokens, gpt.config.positions)
         device, dtype = gpt.token_embedding.weight.device, gpt.token_embedding.weight.dtype
         # padded on the left, so that all rows end at the same place
@@ -95,14 +100,11 @@ class SonnetGPT(nn.Module):
 
 def check_sampling(temperature: float, top_p: float, top_k: int, max_new_tokens: int) -> None:
     """Raise InputError, naming the option, for a setting that no distribution can be drawn with."""
-    if not 0 <= temperature < float("inf"):
-        raise InputError(f"temperature must be at least 0 (0 takes the likeliest token), not {temperature}")
+    check("temperature", temperature, 0)
+    check("top_k", top_k, 0)
+    check("max_new_tokens", max_new_tokens, 1)
     if not 0 < top_p <= 1:
         raise InputError(f"top_p must be above 0 and at most 1, not {top_p}")
-    if top_k < 0:
-        raise InputError(f"top_k must be at least 0 (0 keeps all tokens), not {top_k}")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
 
 
 def sample(logits: Tensor, draws: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
@@ -112,9 +114,12 @@ def sample(logits: Tensor, draws: Tensor, temperature: float, top_p: float, top_
     Holtzman et al. 2020). A token is drawn from all, and taken if it is one of those kept: nothing is sorted then. Rows
     that all but their last draw refused are sorted, and the last goes through their likeliest tokens first.
     """
+    if not logits.isfinite().all():
+        raise FloatingPointError("the model's logits are not finite: its weights can't be used; train or copy it again")
     if temperature == 0:
         return logits.argmax(-1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: no temperature overflows
+    # at most 0: no temperature overflows, and one that float32 takes for 0 is none
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
     probabilities = logits.softmax(-1)
     tokens = torch.full_like(draws[:, 0], -1, dtype=torch.long)
     if not top_k:
@@ -139,7 +144,7 @@ def _of_sorted(probabilities: Tensor, draws: Tensor, top_p: float, top_k: int) -
     if top_k:
         probabilities = probabilities[:, :top_k] / probabilities[:, :top_k].sum(-1, keepdim=True)
     before = probabilities.cumsum(-1) - probabilities  # the mass of likelier tokens: 0 for the first, always kept
-    nucleus = before < top_p
+    nucleus = before < max(top_p, 1e-30)
     mass = (probabilities * nucleus).cumsum(-1)
     choice = (mass <= draws[:, None] * mass[:, -1:]).sum(-1, keepdim=True)
     return tokens.gather(1, choice.minimum(nucleus.sum(-1, keepdim=True) - 1)).squeeze(1)

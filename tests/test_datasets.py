@@ -83,8 +83,8 @@ BROKEN = {
     "not utf-8": ("x.txt", b"1\n\ncaf\xe9\n", "not UTF-8 .byte 6"),
     "nul": ("x.txt", b"1\n\nab\0c\n", "NUL"),
     "utf-16": ("x.txt", "1\n\nabc\n".encode("utf-16"), "not UTF-8"),
-    "no text": ("x.txt", b"1\n\n2\n\nabc\n", "sonnet 1 has no text"),
-    "blank text": ("x.csv", b"id,text\n1,  \n", "sonnet 1 has no text"),
+    "no text": ("x.txt", b"1\n\n2\n\nabc\n", "sonnet 1 has 0 characters"),
+    "blank text": ("x.csv", b"id,text\n1,  \n", "sonnet 1 has 0 characters"),
     "twice": ("x.txt", b"1\n\nabc\n\n1\n\ndef\n", "sonnet 1 occurs twice"),
 }
 

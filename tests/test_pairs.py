@@ -79,7 +79,7 @@ def test_empty_lines_are_no_pairs(read):
 
 
 BROKEN = {
-    "empty": (b"", "lacks the column id, sentence1, sentence2.*, ''"),
+    "empty": (b"", "lacks the column id, sentence1, sentence2"),
     "missing column": ("id\tsentence1\n1\tx\n", "lacks the column sentence2"),
     "commas": ("id,sentence1,sentence2,is_duplicate\n", "lacks the column.*tab-separated"),
     "utf-16": (ROWS.encode("utf-16"), "not UTF-8"),
@@ -91,7 +91,9 @@ BROKEN = {
     "a field of 10 MB": (HEADER + "0\ta\t" + "x" * 10_000_000 + "\ty\t1\n", "line 2: field larger"),
     "a header of 10 MB": ("x\t" * 5_000_000 + "\n", "lacks the column"),
     "quote that swallows rows": (HEADER + '0\ta\t"x\ty\t1\n1\tb\tx\t"y\t0\n', "line 3.*quote"),
-    "quote that swallows the rest": (HEADER + '0\ta\tx\t"y\t1\n1\tb\tx\ty\t0\n', "line 3.*quote"),
+    "quote that swallows the rest": (HEADER + '0\ta\tx\t"y\t1\n1\tb\tx\ty\t0\n', "line 4.*quote"),
+    "quote in the last row": (HEADER + '0\ta\tx\t"y\t1', "line 3.*quote"),
+    "quote in the last field": (HEADER + '0\ta\tx\ty\t"1\n', "line 3.*quote"),
     "no id": (HEADER + "0\t \tx\ty\t1\n", "line 2: the id '' is empty"),
     **{f"label {label}": (ROWS + f"2\tc\tx\ty\t{label}\n", f"line 4: is_duplicate is '{label}'")
        for label in ("2", "nan", "yes", "0.5", "-1")},
@@ -117,6 +119,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path, name):
 def test_pandas_reads_the_same_fields(read):
     """The course's code reads with pandas, tab-separated; quotes are undone once more here."""
     import pandas
+
     rows = ROWS + '2\tc\t"He said ""so"""\tit\'s "x" y\t1.0\n3\td\t"two\nlines"\t😀 の\t0.0\n'
     pairs = read(rows)
     table = pandas.read_csv(io.StringIO(rows), sep="\t", keep_default_na=False)

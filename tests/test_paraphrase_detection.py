@@ -221,7 +221,7 @@ def test_the_best_model_predicts_the_same_again(undrawn, model, files, tmp_path,
     for split in ("dev", "test"):
         (tmp_path / f"{split}-out.csv").unlink()
     base = [f"--model_size={model}"] if method else []
-    main(parse_options([*files, "--predict_only", f"--model={best}", *base, "--device=cpu", "--dtype=float32"]))
+    main(parse_options([*files[1:], "--predict_only", f"--model={best}", *base, "--device=cpu", "--dtype=float32"]))
     assert [written(tmp_path / f"{split}-out.csv") for split in ("dev", "test")] == before
 
 

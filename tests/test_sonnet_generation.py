@@ -25,9 +25,8 @@ def command(folder, tmp_path):
     common = [f"--model_size={folder}", f"--sonnet_out={tmp_path / 'out.txt'}", "--max_new_tokens=8", "--device=cpu"]
 
     def run(*options, out="run"):
-        out_dir = [f"--out_dir={tmp_path / out}"] if out else []
-        main(parse_options([*files, *common, "--epochs=2", "--lr=0.01", *out_dir, *options]))
-        return tmp_path / out if out else tmp_path
+        main(parse_options([*files, *common, "--epochs=2", "--lr=0.01", f"--out_dir={tmp_path / out}", *options]))
+        return tmp_path / out
 
     return run
 
@@ -58,12 +57,15 @@ def test_a_run_leaves_what_it_should(command, tmp_path, options):
 
 
 @pytest.mark.parametrize("method", [(), ("--use_lora",)], ids=["full", "lora"])
-def test_the_best_model_writes_the_runs_texts_again(command, tmp_path, method):
+def test_the_best_model_writes_the_runs_texts_again(command, folder, tmp_path, method):
     """--generate_only from best/, in float32: the same prompts, options and seed give the same file."""
     best = command(*method, "--dtype=float32") / "best"
     texts = written(tmp_path / "out.txt")
     (tmp_path / "out.txt").unlink()
-    command("--generate_only", f"--adapter={best}" if method else f"--model={best}", out=None)
+    path = tmp_path / "sonnets.txt"
+    given = [f"--adapter={best}", f"--model_size={folder}"] if method else [f"--model={best}"]
+    main(parse_options(["--generate_only", *given, f"--held_out_sonnet_path={path}", "--max_new_tokens=8",
+                        f"--sonnet_out={tmp_path / 'out.txt'}", "--device=cpu"]))  # fmt: skip
     assert written(tmp_path / "out.txt") == texts
 
 
