@@ -28,7 +28,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     writing.add_argument("--adapter", metavar="DIR", help="a LoRA adapter's folder, for --generate_only")
     writing.add_argument("--model", metavar="DIR", help="a model's folder, for --generate_only")
     files.add_argument("--sonnet_out", default="predictions/generated_sonnets.txt", metavar="FILE", help="new sonnets")
-    options = parse(parser, arguments, "sonnets", REPORT, "generate_only", ("dtype", "sonnet_path", "dev_sonnet_path"))
+    options = parse(parser, arguments, "sonnets", REPORT, "generate_only", ("sonnet_path", "dev_sonnet_path"))
     if not options.generate_only:
         refuse(parser, options, ("adapter", "model"), "without --generate_only (--model_size trains from a folder)")
     if options.model:

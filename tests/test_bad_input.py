@@ -183,7 +183,7 @@ def test_options_of_one_task(refused, task, given, named):
 IGNORED = [
     *((("sonnets", "--generate_only"), option) for option in (
         "--use_lora", "--lr=0.1", "--epochs=3", "--batch_size=2", "--schedule=linear", "--resume", "--out_dir=x",
-        "--dtype=float32", "--sonnet_path=x", "--dev_sonnet_path=x", "--lora_rank=2", "--patience=1")),
+        "--gradient_checkpointing", "--sonnet_path=x", "--dev_sonnet_path=x", "--lora_rank=2", "--patience=1")),
     (("sonnets", "--generate_only", "--model=x"), "--model_size=y"),
     *((("paraphrases", "--predict_only", "--model=x"), option) for option in (
         "--use_lora", "--lr=0.1", "--epochs=9", "--pooling=max", "--pair_encoding=joint", "--para_train=x",
