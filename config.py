@@ -241,8 +241,9 @@ def parse(parser: Parser, arguments, task: str, report: dict, only: str, unused:
     if not options.use_lora:
         refuse(parser, options, [f"lora_{item.name}" for item in dataclasses.fields(LoRAConfig)], "without --use_lora")
     if getattr(options, only):
-        names = {entry.name for entry in dataclasses.fields(TrainConfig)} - {"seed", "device", "dtype"}
-        refuse(parser, options, ("use_lora", "gradient_checkpointing", "out_dir", "resume", *sorted(names), *unused), f"with --{only}")
+        names = sorted({entry.name for entry in dataclasses.fields(TrainConfig)} - {"seed", "device", "dtype"})
+        names += ["use_lora", "gradient_checkpointing", "out_dir", "resume", *unused]
+        refuse(parser, options, names, f"with --{only}")
     options.method = "lora" if options.use_lora else "full"
     if options.lr is None:
         rates = LEARNING_RATES[task].get("report" if options.preset else options.model_size, _GPT2_RATES)
