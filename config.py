@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import re
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -39,7 +40,9 @@ def exit_cleanly():
         message, code = f"error: {error}", 2
     except Interrupted as stop:
         resume = "" if "--resume" in sys.argv else " --resume"
-        message, code = f"{stop}; go on with: python {shlex.join(sys.argv)}{resume}", stop.exit_code
+        many = "TORCHELASTIC_RUN_ID" in os.environ
+        launcher = f"torchrun --nproc_per_node={os.environ['WORLD_SIZE']}" if many else "python"
+        message, code = f"{stop}; go on with: {launcher} {shlex.join(sys.argv)}{resume}", stop.exit_code
     except KeyboardInterrupt:
         message, code = "stopped; what was saved before stands (a run goes on with --resume)", 130
     except FloatingPointError as error:
@@ -48,9 +51,10 @@ def exit_cleanly():
         reason = f"{error.filename or 'a file'}: {error.strerror or error}"
         message, code = f"error: {reason}; what was saved before stands (a run goes on with --resume)", 1
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
-        message, code = "error: out of memory; a smaller --batch_size, or --use_lora, takes less", 1
+        advice = "--gradient_checkpointing, --use_lora, or a smaller --batch_size with --grad_accumulation, takes less"
+        message, code = f"error: out of memory; {advice}", 1
     print(" ".join(message.splitlines()), file=sys.stderr)
     sys.exit(code)
 
@@ -134,7 +138,7 @@ class TrainConfig:
 
     epochs: int = option(10, "passes over the training data; 0 evaluates only")
     lr: float = option(1e-5, "AdamW's (largest) learning rate; by default one for the model and method")
-    batch_size: int = option(8, "examples a step, of all processes together")
+    batch_size: int = option(8, "examples a batch, of all processes together")
     grad_accumulation: int = option(1, "batches whose gradients make one step: as one batch so many times larger")
     seed: int = option(11711, "fixes initialisation, order of batches, dropout and sampling")
     schedule: str = option("constant", "the learning rate after warm-up", choices=("constant", "linear", "cosine"))
@@ -147,7 +151,8 @@ class TrainConfig:
     device: str = option("auto", "auto takes CUDA where there is one; or cpu, cuda, cuda:1")
 
     def __post_init__(self):
-        least, below = {"batch_size": 1, "grad_accumulation": 1, "lr": 1e-12}, {"seed": 2**63, "warmup": 1}
+        least = {"batch_size": 1, "grad_accumulation": 1, "lr": 1e-12}
+        below = {"seed": 2**63, "warmup": 1, "epochs": 2**31}
         for entry in dataclasses.fields(self):
             if not isinstance(entry.default, str):
                 value = getattr(self, entry.name)
@@ -193,7 +198,7 @@ def shared_options(parser: argparse.ArgumentParser, task: str, **train_defaults)
     what.add_argument("--preset", choices=["report"], help="report: the settings of the student report before this")
     add_options(parser, TrainConfig, "training", lr=None, **train_defaults)
     add_options(parser, LoRAConfig, "LoRA (with --use_lora)", prefix="lora_")
-    about = "keep no activations but each layer's input: less memory, a third more time"
+    about = "keep no activations but each layer's input: less memory, a third to a half more time"
     what.add_argument("--gradient_checkpointing", action="store_true", help=about)
     files = parser.add_argument_group("files")
     files.add_argument("--out_dir", metavar="DIR", help=f"the run's folder, instead of one in runs/{task}")
@@ -220,8 +225,10 @@ def check_outputs(options: argparse.Namespace, outputs: tuple[str, ...], inputs:
     taken = {Path(getattr(options, name)).resolve(): name for name in inputs}
     for name in outputs:
         path = Path(getattr(options, name)).resolve()
-        above = next(folder for folder in path.parents if os.path.exists(folder))
-        problem = f"is the file of --{taken[path]} too" if path in taken else "is a folder" if path.is_dir() else ""
+        above = next(folder for folder in (*path.parents, path) if os.path.exists(folder))
+        problem = f"is the file of --{taken[path]} too" if path in taken else ""
+        if path.exists() and not path.is_file():  # a device, too, would be replaced by a file
+            problem = "is a folder" if path.is_dir() else "is no regular file"
         if not (above.is_dir() and os.access(above, os.W_OK)):
             problem = f"can't be written: {above} is no folder that may be written to"
         if problem:

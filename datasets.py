@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import processes
 from config import InputError
 
 IGNORED = -100  # the label of a position that no loss is taken at
@@ -236,7 +237,8 @@ class PairsDataset:
         self.shortened: list[int] = []
         kind = np.uint16 if gpt.config.vocab_size <= 2**16 else np.int32
         tokens, lengths, labels = [np.empty(0, kind)], [], []
-        pairs = iter(tqdm(self.read(), f"reading {Path(path).name}", unit="pair", delay=1, leave=False, disable=None))
+        about = {"desc": f"reading {Path(path).name}", "unit": "pair", "delay": 1, "disable": processes.no_bar()}
+        pairs = iter(tqdm(self.read(), leave=False, **about))
         while chunk := list(islice(pairs, 4096)):
             texts = list(self._encode(chunk))
             tokens.append(np.fromiter(chain.from_iterable(texts), kind))

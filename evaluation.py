@@ -165,7 +165,7 @@ def classify(model, dataset: PairsDataset) -> Tensor:
     model.eval()
     with torch.no_grad():
         starts = range(0, len(order), EVALUATION_BATCH)[processes.rank() :: processes.size()]
-        for start in tqdm(starts, "judging", delay=2, leave=False, disable=None):
+        for start in tqdm(starts, "judging", delay=2, leave=False, disable=processes.no_bar()):
             rows = order[start : start + EVALUATION_BATCH]
             batch = dataset.collate(rows)
             found = model(batch["input_ids"].to(device), batch["attention_mask"].to(device))

@@ -10,7 +10,6 @@ share runs. Code is not hashed, as a comment would void hours: a table names the
 change that matters, delete runs/experiments. A run that failed is in the table, and is tried again the next time.
 """
 
-import argparse
 import csv
 import hashlib
 import importlib
@@ -28,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import ROOT, HelpFormatter, exit_cleanly
+from config import ROOT, HelpFormatter, InputError, Parser, exit_cleanly
 from paraphrase_detection import POOLINGS
 
 FIRST_SEED = 11711
@@ -106,7 +105,7 @@ def folder_of(script: str, arguments: list[str]) -> Path:
 
     options = vars(importlib.import_module(script).parse_options(arguments))
     base = ROOT / "data" / "tiny-gpt2" if options["model_size"] == "tiny" else Path(options["model_size"])
-    values = {name: value for name, value in options.items() if name not in NOT_COMPARED}
+    values = {name: value for name, value in options.items() if name not in NOT_COMPARED - {"gradient_checkpointing"}}
     values["weights"] = str(base / "model.safetensors")
     for name, value in values.items():
         if isinstance(value, str) and Path(value).is_file():
@@ -242,11 +241,14 @@ def as_csv(found: dict[str, list[dict]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("name", choices=EXPERIMENTS)
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, 65), metavar="N", help="runs of each row")
     parser.add_argument("--jobs", type=int, default=1, choices=range(1, 65), metavar="N", help="runs at a time")
     options, given = parser.parse_known_args()
+    given = [str(Path(word).resolve()) if Path(word).exists() else word for word in given]  # runs have other folders
+    if taken := {"--seed", "--out_dir", "--resume"} & {word.partition("=")[0] for word in given}:
+        raise InputError(f"{', '.join(taken)} is set for each run; --seeds says how many there are")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no run is left behind
     found = gather(options.name, options.seeds, options.jobs, given)
     from figures import draw_experiment

@@ -61,7 +61,8 @@ class LoRALinear(nn.Module):
         update = self.lora_a(self.dropout(rows))
         out = self.base(rows)
         # added in place and scaled on the way: a sum written out would pass over the whole output three times more
-        out.addmm_(update.to(out.dtype), self.lora_b.weight.T.to(out.dtype), alpha=self.scaling)
+        b = self.lora_b.weight.T.contiguous()  # so laid out, its gradient takes half as long
+        out.addmm_(update.to(out.dtype), b.to(out.dtype), alpha=self.scaling)
         return out.view(*x.shape[:-1], -1)
 
     @torch.no_grad()
@@ -106,7 +107,7 @@ def hold_frozen(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     gpt = backbone(module)
     matrices = [gpt.token_embedding, *(part for part in gpt.modules() if isinstance(part, nn.Linear))]
     frozen = [part for part in matrices if not part.weight.requires_grad]
-    if any(part.weight.dtype != dtype for part in frozen):
+    if adapters(gpt) and any(part.weight.dtype != dtype for part in frozen):
         gpt.base_sha256 = fingerprint(gpt)
     for part in frozen:
         part.to(dtype)

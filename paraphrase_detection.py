@@ -70,6 +70,7 @@ def main(options: argparse.Namespace) -> None:
     # imported here, so that --help and a mistyped option are answered at once
     import torch
 
+    import processes
     from datasets import POOL, PairsDataset, bucketed_batches
     from evaluation import classification_figures, classify, overlap_accuracy, overlap_threshold
     from lora import apply_lora, hold_frozen
@@ -81,6 +82,7 @@ def main(options: argparse.Namespace) -> None:
     config, lora_config, device, dtype = settings(options)
     paths = {split: getattr(options, f"para_{split}") for split in SPLITS}
     if options.predict_only:
+        processes.leave()  # one is enough
         model = ParaphraseGPT.from_pretrained(options.model, options.model_size)
     else:
         model = ParaphraseGPT(GPT2Model.from_pretrained(options.model_size), options.pooling, options.pair_encoding,

@@ -1,7 +1,8 @@
 """More than one process: `torchrun --nproc_per_node=N` of a task script. Alone, everything here does nothing.
 
 Every process holds the whole model and takes its share of each batch; gradients are summed, so that N processes take
-the steps that one would take. The first process, the writer, is the only one that prints and writes.
+the steps that one would take. The first process, the writer, is the only one that
+prints results and writes files.
 """
 
 import os
@@ -11,13 +12,19 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from config import InputError
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if _joined() else 0
 
 
 def size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if _joined() else 1
 
 
 def is_writer() -> bool:
@@ -25,21 +32,27 @@ def is_writer() -> bool:
 
 
 def join(device: torch.device) -> torch.device:
-    """Join the processes that torchrun started, if it did; returns this one's device."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    """Join the processes that torchrun started, if it did; returns this one's device.
+
+    Raises InputError for more processes than GPUs, and for one GPU named for all of them.
+    """
+    if dist.is_available() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1 and not _joined():
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            local = int(os.environ["LOCAL_RANK"])
+            if device.index is not None or local >= torch.cuda.device_count():
+                raise InputError(f"{device} can't serve process {local} of torchrun: leave --device out, and start at "
+                                 f"most {torch.cuda.device_count()} processes, a GPU each")  # fmt: skip
+            device = torch.device("cuda", local)
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if not is_writer():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
-            os.environ["TQDM_DISABLE"] = "1"
     return device
 
 
 def leave() -> None:
     """Wait until all are here; the writer goes on alone, the others end."""
-    if dist.is_initialized():
+    if _joined():
         writer = is_writer()
         dist.barrier()
         dist.destroy_process_group()
@@ -48,11 +61,22 @@ def leave() -> None:
 
 
 def from_writer(make: Callable[[], object]) -> object:
-    """What the writer makes, on every process."""
-    made = [make() if is_writer() else None]
+    """What the writer makes, on every process; where it fails, all do."""
+    made = [None]
+    try:
+        made = [make() if is_writer() else None]
+    except (InputError, OSError) as error:
+        made = [error]
     if size() > 1:
         dist.broadcast_object_list(made)
+    if isinstance(made[0], Exception):
+        raise made[0]
     return made[0]
+
+
+def no_bar() -> bool | None:
+    """tqdm's `disable`: the writer has a bar where there is a terminal, the others none."""
+    return None if is_writer() else True
 
 
 def from_all(value: object) -> list:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from config import ROOT, InputError
 
-PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "huggingface_hub", "sacrebleu")
+PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "huggingface_hub", "sacrebleu", "pronouncing")
 # options that do not change what is computed
 NOT_COMPARED = {
     "resume", "out_dir", "use_gpu", "checkpoint_every", "gradient_checkpointing", "sonnet_out", "para_dev_out",
@@ -33,10 +33,14 @@ def replacing_file(path: Path):
     temporary = path.with_name(path.name + ".tmp")
     with _named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:  # half a file would keep a full disk full
+            temporary.unlink(missing_ok=True)
+            raise
         os.replace(temporary, path)
         _sync_folder(path.parent)
 
@@ -115,7 +119,8 @@ class Run:
                     os.replace(old, self.best)
                 return
         self.folder = named or parent / name
-        if named and ((named / "config.json").exists() or (named / "resume").exists()):
+        ours = ("config.json", "resume", "best", "summary.json", "metrics.csv")
+        if named and any((named / part).exists() for part in ours):
             raise InputError(f"{named} already holds a run; name another --out_dir. (--resume goes on with an "
                              "unfinished run of the same options, data and precision.)")  # fmt: skip
         counter = 1

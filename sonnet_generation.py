@@ -39,6 +39,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(options: argparse.Namespace) -> None:
     # imported here, so that --help and a mistyped option are answered at once
+    import processes
     from datasets import SonnetsDataset, bucketed_batches, read_sonnets
     from evaluation import language_model_figures, sonnet_figures
     from lora import apply_lora, hold_frozen, load_adapter, merge_lora, save_adapter
@@ -60,6 +61,7 @@ def main(options: argparse.Namespace) -> None:
             return model.generate(prompts, **sampling, **settings)
 
     if options.generate_only:
+        processes.leave()  # one is enough
         model = SonnetGPT(GPT2Model.from_pretrained(options.model or options.model_size))
         if options.adapter:
             merge_lora(load_adapter(model, options.adapter))

@@ -53,7 +53,8 @@ def train(
 ) -> Progress:
     """Train what requires a gradient; leaves metrics.csv, best/ and resume/ in the run's folder.
 
-    Raises Interrupted after a signal, and FloatingPointError for a loss or gradient that is not finite.
+    Of several processes only the writer returns, the others end here. Raises Interrupted after a signal, and
+    FloatingPointError for a loss or gradient that is not finite.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
@@ -62,7 +63,8 @@ def train(
     if processes.is_writer():
         run.write_metrics(progress.rows)
     steps = len(task.batches(0))
-    with tqdm(total=config.epochs * steps, unit="step", disable=None, leave=False) as bar, _signals() as stop:
+    bar = tqdm(total=config.epochs * steps, unit="step", disable=processes.no_bar(), leave=False)
+    with bar, _signals() as stop:
         bar.update(progress.epoch * steps + progress.step)
         while progress.epoch < config.epochs and not _out_of_patience(progress, config):
             bar.set_description(f"epoch {progress.epoch + 1}/{config.epochs}")
@@ -90,7 +92,7 @@ def train(
                 scaler.unscale_(optimizer)
                 norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
                 tokens = sum(int(part["attention_mask"].sum()) for part in parts)
-                loss_sum, tokens, signals = processes.total(loss_sum, tokens, len(stop))
+                loss_sum, tokens = processes.total(loss_sum, tokens)
                 value = loss_sum / items
                 if not math.isfinite(value):
                     raise _not_finite("loss", value, progress, rows)
@@ -107,17 +109,16 @@ def train(
                 progress.seconds += time.perf_counter() - start
                 bar.update()
                 bar.set_postfix(loss=f"{value:.3f}", refresh=False)
-                if signals and not stop:  # another process was told to stop
-                    stop.append(signal.SIGTERM)
-                if signals or (config.checkpoint_every and (done + 1) % config.checkpoint_every == 0):
+                stopped = _agreed(stop)
+                if stopped or (config.checkpoint_every and (done + 1) % config.checkpoint_every == 0):
                     _save(run, progress, parameters, optimizer, scaler, device)
-                _raise_if_stopped(stop[: int(signals)], run)
+                _raise_if_stopped(stopped, run)
             _end_epoch(model, task, run, progress, optimizer.param_groups[0]["lr"], device)
             _save(run, progress, parameters, optimizer, scaler, device)
             if processes.is_writer():
                 run.write_metrics(progress.rows)
             tqdm.write(describe(progress.rows[-1], config.epochs, progress.best_epoch))
-            _raise_if_stopped(stop, run)
+            _raise_if_stopped(_agreed(stop), run)
     if progress.epoch < config.epochs:
         print(f"stopped early: no better {task.metric.replace('_', ' ')} in {config.patience} epochs")
     processes.leave()
@@ -128,6 +129,11 @@ def _not_finite(what: str, value: float, progress: Progress, rows: list) -> Floa
     place = f"epoch {progress.epoch + 1}, step {progress.step + 1}, rows {rows}"
     advice = "try a smaller --lr, --max_grad_norm 1 or --dtype float32"
     return FloatingPointError(f"the {what} is {value} at {place}; {advice}")
+
+
+def _agreed(stop: list[int]) -> list[int]:
+    """The signals that any process has got so far, the same on all of them."""
+    return [number for numbers in processes.from_all(list(stop)) for number in numbers]
 
 
 def _raise_if_stopped(stop: list[int], run: Run) -> None:

@@ -72,5 +72,7 @@ if __name__ == "__main__":
     options = parser(__doc__)
     options.set_defaults(dtypes=["float32"], rounds=3, steps=2)
     options = options.parse_args()
+    for size in ("gpt2", "gpt2-medium"):
+        folder_of(size)  # made before anything is measured
     found = run(options, measure, CASES, "growth")
     draw(found, options.dtypes[0])

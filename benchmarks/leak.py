@@ -55,7 +55,8 @@ def main() -> None:
     task = Task(
         batches=lambda epoch: [[0]] * steps,
         collate=collate,
-        loss=lambda model, batch: (model.loss(batch["input_ids"], batch["labels"]), 128),
+        loss=lambda model, batch: model.loss(batch["input_ids"], batch["labels"]),
+        items=lambda batch: batch["labels"].numel(),
         evaluate=lambda model: {"dev_loss": model.loss(batch["input_ids"], batch["labels"]).item()},
         save=lambda model, folder: model.gpt.save_pretrained(folder),
     )

@@ -103,8 +103,8 @@ def main() -> None:
         model.gpt.save_pretrained(folder, dtype=torch.float16)
 
     task = Task(windows.batches, windows.collate,
-                lambda model, batch: (model.loss(batch["input_ids"], batch["labels"]), batch["labels"].numel()),
-                evaluate, save)  # fmt: skip
+                lambda model, batch: model.loss(batch["input_ids"], batch["labels"]),
+                lambda batch: batch["labels"].numel(), evaluate, save)  # fmt: skip
     print(f"pretraining tiny ({sum(p.numel() for p in model.parameters()):,} parameters) in {run.folder}, {dtype}")
     progress = train(model, task, config, run, device, dtype)
     for name in ("config.json", "model.safetensors"):

@@ -101,8 +101,8 @@ class SonnetGPT(nn.Module):
 def check_sampling(temperature: float, top_p: float, top_k: int, max_new_tokens: int) -> None:
     """Raise InputError, naming the option, for a setting that no distribution can be drawn with."""
     check("temperature", temperature, 0)
-    check("top_k", top_k, 0)
-    check("max_new_tokens", max_new_tokens, 1)
+    check("top_k", top_k, 0, kind=int)
+    check("max_new_tokens", max_new_tokens, 1, kind=int)
     if not 0 < top_p <= 1:
         raise InputError(f"top_p must be above 0 and at most 1, not {top_p}")
 

@@ -1,5 +1,6 @@
 """Dropout (Srivastava et al. 2014, JMLR 15) whose random numbers cost little on a CPU."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,18 +13,24 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, threshold: int) -> Tensor:
-        # torch's CPU generator is serial: 64 bits drawn at once serve four values. The bounds are written out because
-        # random_() alone never sets the top bit
-        words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        keep = words.view(torch.int16)[: x.numel()].view(x.shape) >= threshold - LEVELS // 2
+        # 64 bits drawn at once serve four values, and numpy's SFC64 draws them in 0.4 of the time that torch's CPU
+        # generator takes, from which its seed comes: torch's state still fixes, and resumes, everything
+        seed = int(torch.randint(2**62, ()))
+        words = np.random.SFC64(seed).random_raw((x.numel() + 3) // 4).view(np.int16)
+        keep = torch.from_numpy(words)[: x.numel()].view(x.shape) >= threshold - LEVELS // 2
         ctx.save_for_backward(keep)
         ctx.scale = LEVELS / (LEVELS - threshold)
-        return x * keep.to(x.dtype).mul_(ctx.scale)
+        return _apply(x, keep, ctx.scale)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (keep,) = ctx.saved_tensors
-        return grad * keep.to(grad.dtype).mul_(ctx.scale), None
+        return _apply(grad, keep, ctx.scale), None
+
+
+def _apply(x: Tensor, keep: Tensor, scale: float) -> Tensor:
+    """x, scaled, where `keep` is set, else 0; bytes convert to numbers seven times as fast as truth values do."""
+    return (x * keep.view(torch.uint8).to(x.dtype)).mul_(scale)
 
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:

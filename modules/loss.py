@@ -40,7 +40,7 @@ class _MeanCrossEntropy(torch.autograd.Function):
                 if want_hidden:
                     grad_hidden[start : start + chunk] = slope @ wide_head
                 if want_weight and wide == weight.dtype:
-                    grad_weight.addmm_(slope.T, rows)  # in place: the gradient is as large as the embedding
+                    grad_weight.addmm_(slope.T, rows.to(wide))  # in place: the gradient is as large as the embedding
                 elif want_weight:
                     grad_weight += slope.T @ rows.to(wide)
         ctx.save_for_backward(grad_hidden, grad_weight)

@@ -1,7 +1,7 @@
 """Kill a run at every write, fsync, rename and removal, and at random instants; resumed, it must be the same run.
 
 python tests/kill_everywhere.py                     # all of both tasks, full and LoRA: some 1,000 kills, many minutes
-python tests/kill_everywhere.py --every 29 --random 0 --only sonnets-lora      # what the tests do
+python tests/kill_everywhere.py --every 53 --first 20 --random 1     # what the tests do
 
 A process that has imported everything forks a child a run, so that a run takes part of a second. Needs POSIX.
 """

@@ -82,11 +82,12 @@ def test_no_gradient_is_computed_for_what_is_frozen(frozen):
     assert (hidden.grad is None, weight.grad is None) == (frozen == "hidden", frozen == "weight")
 
 
-def test_bfloat16_autocast_is_close_to_float32():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_close_to_float32(dtype):
     """bfloat16 keeps 8 bits: products differ by about 2^-8 of their size, and sums are still made in float32."""
     hidden, weight, labels = problem()
     exact = cross_entropy(hidden, weight, labels)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         rough = cross_entropy(hidden, weight, labels)
     assert rough.dtype == torch.float32
     assert rough.item() != exact.item()
