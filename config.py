@@ -12,6 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
+HUGGING_FACE_LINEARS = {  # Hugging Face's, inside its h.N, and ours; c_attn fuses query, key and value
+    "attn.c_attn": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    "attn.c_proj": ("attention.out_proj",),
+    "mlp.c_fc": ("interm_dense",),
+    "mlp.c_proj": ("out_dense",),
+}
 LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "interm_dense", "out_dense")  # what LoRA can adapt
 
 

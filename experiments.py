@@ -10,10 +10,8 @@ share runs. Code is not hashed, as a comment would void hours: a table names the
 change that matters, delete runs/experiments. A run that failed is in the table, and is tried again the next time.
 """
 
-import csv
 import hashlib
 import importlib
-import io
 import json
 import math
 import os
@@ -231,15 +229,6 @@ def as_markdown(experiment: Experiment, found: dict[str, list[dict]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def as_csv(found: dict[str, list[dict]]) -> str:
-    """A line a run, every figure of its summary."""
-    names = dict.fromkeys(name for runs in found.values() for run in runs for name in run)
-    writer = csv.writer(buffer := io.StringIO(), lineterminator="\n")
-    writer.writerow(["row", *names])
-    writer.writerows([row, *(run.get(name) for name in names)] for row, runs in found.items() for run in runs)
-    return buffer.getvalue()
-
-
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("name", choices=EXPERIMENTS)
@@ -252,11 +241,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no run is left behind
     found = gather(options.name, options.seeds, options.jobs, given)
     from figures import draw_experiment
-    from runs import write_text
+    from runs import write_csv, write_text
 
     path = ROOT / "results" / re.sub(r"[^\w.]+", "-", "-".join([options.name, *given]))
     table = as_markdown(EXPERIMENTS[options.name], found)
-    write_text(Path(f"{path}.csv"), as_csv(found))
+    write_csv(Path(f"{path}.csv"), [{"row": row, **run} for row, runs in found.items() for run in runs])
     write_text(Path(f"{path}.md"), table)
     draw_experiment(Path(f"{path}.png"), EXPERIMENTS[options.name].panels, found)
     print(table)

@@ -16,16 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from config import LINEARS, InputError, LoRAConfig
+from config import HUGGING_FACE_LINEARS, LINEARS, InputError, LoRAConfig
 from modules.dropout import Dropout
 
-FUSED = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
-PEFT_MODULES = {  # PEFT adapts Hugging Face's modules: their names, and ours inside a layer
-    "attn.c_attn": FUSED,
-    "attn.c_proj": ("attention.out_proj",),
-    "mlp.c_fc": ("interm_dense",),
-    "mlp.c_proj": ("out_dense",),
-}
 PREFIX = "base_model.model.transformer."
 # settings of an adapter that are read, or change nothing; any other that is set is refused
 KNOWN = {
@@ -155,7 +148,7 @@ def save_adapter(module: nn.Module, folder: str | Path) -> None:
     targets = [name for name in LINEARS if any(part.endswith(f".{name}") for part in found)]
     tensors = {}
     for layer in range(gpt.config.layers):
-        for theirs, ours in PEFT_MODULES.items():
+        for theirs, ours in HUGGING_FACE_LINEARS.items():
             parts = {index: found[f"layers.{layer}.{name}"] for index, name in enumerate(ours)
                      if f"layers.{layer}.{name}" in found}  # fmt: skip
             if parts:
@@ -164,12 +157,12 @@ def save_adapter(module: nn.Module, folder: str | Path) -> None:
                     f"{PREFIX}h.{layer}.{theirs}.lora_A.weight": a,
                     f"{PREFIX}h.{layer}.{theirs}.lora_B.weight": b,
                 }
-    fused = sum(name.rsplit(".", 1)[-1] in targets for name in FUSED)
+    fused = sum(name.rsplit(".", 1)[-1] in targets for name in HUGGING_FACE_LINEARS["attn.c_attn"])
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True,
         "r": some.rank, "lora_alpha": some.alpha, "lora_dropout": some.dropout.p, "bias": "none",
         "fan_in_fan_out": True,
-        "target_modules": [theirs for theirs in PEFT_MODULES if f"{PREFIX}h.0.{theirs}.lora_A.weight" in tensors],
+        "target_modules": [name for name in HUGGING_FACE_LINEARS if f"{PREFIX}h.0.{name}.lora_A.weight" in tensors],
         "rank_pattern": {"c_attn": some.rank * fused} if fused > 1 else {},
         "alpha_pattern": {"c_attn": some.alpha * fused} if fused > 1 else {},
     }  # fmt: skip
@@ -205,7 +198,7 @@ def load_adapter(module: nn.Module, folder: str | Path) -> nn.Module:
                          f"{actual[:12]}...: name the base it was trained on with --model_size")  # fmt: skip
     rank, pairs = settings["r"], {}
     for layer in range(gpt.config.layers):
-        for theirs, names in PEFT_MODULES.items():
+        for theirs, names in HUGGING_FACE_LINEARS.items():
             a, b = (tensors.pop(f"h.{layer}.{theirs}.lora_{side}.weight", None) for side in "AB")
             if a is None and b is None:
                 continue

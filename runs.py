@@ -7,6 +7,7 @@ import glob
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import json
 import os
 import platform
@@ -76,6 +77,15 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """A line a row, with every name that any of them has; what a row lacks is empty."""
+    writer = csv.DictWriter(buffer := io.StringIO(), dict.fromkeys(name for row in rows for name in row), "", "raise",
+                            lineterminator="\n")  # fmt: skip
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, buffer.getvalue())
+
+
 def write_json(path: Path, value: dict) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
@@ -123,15 +133,13 @@ class Run:
         if named and any((named / part).exists() for part in ours):
             raise InputError(f"{named} already holds a run; name another --out_dir. (--resume goes on with an "
                              "unfinished run of the same options, data and precision.)")  # fmt: skip
-        counter = 1
-        while True:
+        for counter in itertools.count(2):
             try:
                 self.folder.mkdir(parents=True, exist_ok=named is not None)
                 break
             except (FileExistsError, NotADirectoryError) as error:
                 if named or isinstance(error, NotADirectoryError):
                     raise InputError(f"--out_dir {self.folder} is a file, or below one; name a folder") from None
-                counter += 1
                 self.folder = parent / f"{name}-{counter}"
         write_json(self.folder / "config.json", {"options": self.options, **facts})
 
@@ -173,11 +181,7 @@ class Run:
     def write_metrics(self, rows: list[dict]) -> None:
         """metrics.csv, a row an epoch."""
         if rows:
-            buffer = io.StringIO()
-            writer = csv.DictWriter(buffer, fieldnames=list(rows[-1]), lineterminator="\n", restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-            write_text(self.folder / "metrics.csv", buffer.getvalue())
+            write_csv(self.folder / "metrics.csv", rows)
 
 
 def facts(device: torch.device, dtype: torch.dtype, files: list[Path]) -> dict:

@@ -12,16 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config import GPT2Config, InputError
-from models.hugging_face import (
-    END_OF_TEXT,
-    TOKENIZER_FILES,
-    config_to_json,
-    find_model,
-    load_tokenizer,
-    read_config,
-    read_weights,
-    to_hugging_face,
-)
+from models import hugging_face
 from modules.attention import KVCache
 from modules.dropout import Dropout
 from modules.gpt2_layer import GPT2Layer
@@ -96,13 +87,13 @@ class GPT2Model(nn.Module):
     @functools.cached_property
     def tokenizer(self):
         """The `tokenizers.Tokenizer` of the folder that the weights came from."""
-        return load_tokenizer(self.folder, self.config.vocab_size)
+        return hugging_face.load_tokenizer(self.folder, self.config.vocab_size)
 
     @property
     def end_of_text(self) -> int:
         """The id of the token that ends a text: the last of GPT-2's vocabulary where no tokenizer says otherwise."""
-        has_tokenizer = self.folder and any((self.folder / name).is_file() for name in TOKENIZER_FILES)
-        return self.tokenizer.token_to_id(END_OF_TEXT) if has_tokenizer else self.config.vocab_size - 1
+        has_tokenizer = self.folder and any((self.folder / name).is_file() for name in hugging_face.TOKENIZER_FILES)
+        return self.tokenizer.token_to_id(hugging_face.END_OF_TEXT) if has_tokenizer else self.config.vocab_size - 1
 
     @classmethod
     def from_pretrained(cls, model: str | Path = "tiny", **expected: int) -> "GPT2Model":
@@ -110,8 +101,8 @@ class GPT2Model(nn.Module):
 
         `d`, `l` and `num_heads`, if given, must agree with the weights. Raises InputError for what can't be used.
         """
-        folder = find_model(model)
-        config = read_config(folder)
+        folder = hugging_face.find_model(model)
+        config = hugging_face.read_config(folder)
         for keyword, actual in {"d": config.width, "l": config.layers, "num_heads": config.heads}.items():
             if expected.pop(keyword, actual) != actual:
                 raise InputError(f"{model} has {keyword}={actual}; leave {keyword} out, or name another model")
@@ -120,7 +111,7 @@ class GPT2Model(nn.Module):
         with torch.device("meta"):  # no time for random weights that are replaced at once
             gpt = cls(config)
         expected = {name: tensor.shape for name, tensor in gpt.state_dict().items()}
-        gpt.load_state_dict(read_weights(folder, expected), assign=True)
+        gpt.load_state_dict(hugging_face.read_weights(folder, expected), assign=True)
         gpt.folder = folder
         return gpt.eval()
 
@@ -134,10 +125,11 @@ class GPT2Model(nn.Module):
         state = {name: tensor.detach().to("cpu", dtype) for name, tensor in self.state_dict().items()}
         if any(".base." in name for name in state):
             raise InputError("the model has unmerged LoRA adapters: merge_lora first, or save_adapter instead")
-        save_file(to_hugging_face(state, self.config.layers), folder / "model.safetensors", metadata={"format": "pt"})
-        text = json.dumps(config_to_json(self.config, self.end_of_text), indent=2) + "\n"
+        tensors = hugging_face.to_hugging_face(state, self.config.layers)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        text = json.dumps(hugging_face.config_to_json(self.config, self.end_of_text), indent=2) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8", newline="\n")
-        for name in TOKENIZER_FILES:
+        for name in hugging_face.TOKENIZER_FILES:
             if self.folder and (self.folder / name).is_file() and self.folder.resolve() != folder.resolve():
                 shutil.copyfile(self.folder / name, folder / name)
 

@@ -10,20 +10,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from config import PRESETS, ROOT, GPT2Config, InputError
+from config import HUGGING_FACE_LINEARS, PRESETS, ROOT, GPT2Config, InputError
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 HUB_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 
-LAYER_NAMES = {  # Hugging Face's modules inside h.N, and ours; c_attn fuses query, key and value
-    "ln_1": ("attention_norm",),
-    "attn.c_attn": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
-    "attn.c_proj": ("attention.out_proj",),
-    "ln_2": ("feed_forward_norm",),
-    "mlp.c_fc": ("interm_dense",),
-    "mlp.c_proj": ("out_dense",),
-}
+LAYER_NAMES = {"ln_1": ("attention_norm",), "ln_2": ("feed_forward_norm",), **HUGGING_FACE_LINEARS}  # inside h.N
 MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # causal masks, which the published gpt2 holds
 
 

@@ -38,16 +38,8 @@ class SonnetGPT(nn.Module):
         return ids
 
     @torch.inference_mode()
-    def generate(
-        self,
-        prompts: list[str],
-        temperature: float = 1.2,
-        top_p: float = 0.9,
-        top_k: int = 0,
-        max_new_tokens: int = 200,
-        max_lines: int | None = 14,
-        seed: int = 0,
-    ) -> list[str]:
+    def generate(self, prompts: list[str], temperature: float = 1.2, top_p: float = 0.9, top_k: int = 0,
+                 max_new_tokens: int = 200, max_lines: int | None = 14, seed: int = 0) -> list[str]:  # fmt: skip
         """Continue all prompts as one batch; returns each prompt, unchanged, with its continuation.
 
         A row ends at end-of-text, once it has `max_lines` lines (None: any number), after `max_new_tokens`, or where
@@ -91,11 +83,10 @@ class SonnetGPT(nn.Module):
             tokens = torch.tensor([[chosen[index]] for index in going], device=device)
             mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
         texts = [prompt + tokenizer.decode(row) for prompt, row in zip(prompts, new, strict=True)]
-        if max_lines is not None:
-            texts = [
-                max(prompt, _first_lines(text, max_lines), key=len) for prompt, text in zip(prompts, texts, strict=True)
-            ]
-        return texts
+        if max_lines is None:
+            return texts
+        pairs = zip(prompts, texts, strict=True)
+        return [max(prompt, _first_lines(text, max_lines), key=len) for prompt, text in pairs]
 
 
 def check_sampling(temperature: float, top_p: float, top_k: int, max_new_tokens: int) -> None:
