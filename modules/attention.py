@@ -61,10 +61,18 @@ class CausalSelfAttention(nn.Module):
         return self.out_proj(heads.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, p: float) -> Tensor:
-    """dropout(softmax(Q K^T / sqrt(D)), p) V written out, each (B, H, T, D); a token sees those up to its own."""
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, p: float, block: int = 256) -> Tensor:
+    """dropout(softmax(Q K^T / sqrt(D)), p) V written out, each (B, H, T, D); a token sees those up to its own.
+
+    Queries are taken `block` at a time, so that of long texts the half which no token sees is hardly computed.
+    """
     flat_query, flat_key, flat_value = (part.flatten(0, 1) for part in (query, key, value))  # (B * H, T, D)
     tokens, width = query.shape[2:]
-    future = query.new_full((tokens, tokens), -torch.inf).triu(1)
-    scores = torch.baddbmm(future, flat_query, flat_key.transpose(1, 2), alpha=width**-0.5)
-    return (dropout(scores.softmax(-1), p) @ flat_value).view_as(query)
+    parts = []
+    for start in range(0, tokens, block):
+        stop = min(start + block, tokens)
+        future = query.new_full((stop - start, stop), -torch.inf).triu(start + 1)
+        keys = flat_key[:, :stop].transpose(1, 2)
+        scores = torch.baddbmm(future, flat_query[:, start:stop], keys, alpha=width**-0.5)
+        parts.append(dropout(scores.softmax(-1), p) @ flat_value[:, :stop])
+    return torch.cat(parts, dim=1).view_as(query)

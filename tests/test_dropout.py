@@ -66,10 +66,11 @@ def test_a_rate_near_one_stays_finite():
     assert dropout(torch.ones(100), 1 - 1e-9).isfinite().all()
 
 
-def test_written_out_attention_is_the_fused_one():
+@pytest.mark.parametrize("block", [4, 9, 256])
+def test_written_out_attention_is_the_fused_one(block):
     """With nothing dropped, value and gradients; the form used in training on a CPU."""
     parts = [torch.randn(2, 3, 9, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    ours = causal_attention(*parts, 0.0)
+    ours = causal_attention(*parts, 0.0, block)
     fused = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=True)
     assert_close(ours, fused)
     slope = torch.randn_like(ours)
