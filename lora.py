@@ -105,7 +105,7 @@ def hold_frozen(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     for part in frozen:
         part.to(dtype)
         if isinstance(part, nn.Linear):
-            part.weight.data = part.weight.T.contiguous().T
+            part.weight = nn.Parameter(part.weight.detach().T.contiguous().T, requires_grad=False)
     return module
 
 
