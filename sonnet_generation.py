@@ -20,7 +20,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         about = f"{split} sonnets, .csv or numbered text, instead of the embedded ones"
         what.add_argument(f"--{name}", default=path, metavar="FILE", help=about)
     writing = parser.add_argument_group("writing")
-    writing.add_argument("--temperature", type=float, default=1.2, metavar="N", help="0 takes the likeliest token")
+    writing.add_argument("--temperature", type=float, default=0.9, metavar="N", help="0 takes the likeliest token")
     writing.add_argument("--top_p", type=float, default=0.9, metavar="N", help="mass of the nucleus sampled from")
     writing.add_argument("--top_k", type=int, default=0, metavar="N", help="sample from the k likeliest only; 0: all")
     writing.add_argument("--max_new_tokens", type=int, default=200, metavar="N", help="a sonnet's end at the latest")

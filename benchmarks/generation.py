@@ -55,7 +55,7 @@ def ours(prompts: list[str], device, dtype):
 
     def write(count: int) -> None:
         with precision(device, dtype):
-            model.generate(prompts, max_new_tokens=count, max_lines=None)
+            model.generate(prompts, temperature=1.2, max_new_tokens=count, max_lines=None)
 
     return write, sum(p.numel() for p in model.parameters()) * torch.finfo(dtype).bits // 8
 

@@ -38,7 +38,7 @@ class SonnetGPT(nn.Module):
         return ids
 
     @torch.inference_mode()
-    def generate(self, prompts: list[str], temperature: float = 1.2, top_p: float = 0.9, top_k: int = 0,
+    def generate(self, prompts: list[str], temperature: float = 0.9, top_p: float = 0.9, top_k: int = 0,
                  max_new_tokens: int = 200, max_lines: int | None = 14, seed: int = 0) -> list[str]:  # fmt: skip
         """Continue all prompts as one batch; returns each prompt, unchanged, with its continuation.
 
