@@ -2,9 +2,11 @@
 
 apply_lora(model, LoRAConfig(rank=4))     # freeze the model, wrap its targets
 save_adapter(model, folder)               # a PEFT adapter; load_adapter(model, folder) takes it back
+with mixed_adapters(model, folders): ...  # a batch of which each row goes through an adapter of its own
 merge_lora(model)                         # W + (alpha / r) B A, plain linears again
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -123,14 +125,21 @@ def merge_lora(module: nn.Module) -> nn.Module:
 
 def fingerprint(module: nn.Module) -> str:
     """SHA-256 of a GPT-2's own weights in float32: one value however a folder lays them out, adapters left aside."""
-    if hasattr(backbone(module), "base_sha256"):  # of the weights before hold_frozen cast them
-        return backbone(module).base_sha256
-    state = {name.replace(".base.", "."): tensor for name, tensor in backbone(module).state_dict().items()}
-    digest = hashlib.sha256()
-    for name in sorted(name for name in state if ".lora_" not in name):
-        digest.update(name.encode() + b"\0")
-        digest.update(state[name].detach().to("cpu", torch.float32).contiguous().numpy())
-    return digest.hexdigest()
+    gpt = backbone(module)
+    if hasattr(gpt, "base_sha256"):  # of the weights before hold_frozen cast them
+        return gpt.base_sha256
+    weights = {name.replace(".base.", "."): part for name, part in gpt.named_parameters() if ".lora_" not in name}
+    # a large base takes a second, the next adapter on it should not. A version is raised where a tensor is written, but
+    # not by torch's fused optimizers: the first rows, of which a step moves at least some, stand in for that
+    state = [(id(part), part.is_inference() or part._version, part.detach()[0].sum().item())
+             for _, part in sorted(weights.items())]  # fmt: skip
+    if getattr(gpt, "_fingerprint", (None, None))[0] != state:
+        digest = hashlib.sha256()
+        for name, part in sorted(weights.items()):
+            digest.update(name.encode() + b"\0")
+            digest.update(part.detach().to("cpu", torch.float32).contiguous().numpy())
+        gpt._fingerprint = state, digest.hexdigest()
+    return gpt._fingerprint[1]
 
 
 def save_adapter(module: nn.Module, folder: str | Path) -> None:
@@ -191,7 +200,72 @@ def load_adapter(module: nn.Module, folder: str | Path) -> nn.Module:
     A PEFT adapter of the fused c_attn becomes three, each with a copy of its A and its own rows of B. Raises
     InputError for files that can't be read, settings not implemented here, another base, or another shape.
     """
-    gpt, folder = backbone(module), Path(folder)
+    gpt = backbone(module)
+    config, pairs = _pairs_for(gpt, Path(folder))
+    for name, adapter in adapters(gpt).items():
+        gpt.set_submodule(name, adapter.base)
+    apply_lora(gpt, config)
+    with torch.no_grad():
+        for name, adapter in adapters(gpt).items():
+            adapter.lora_a.weight.copy_(pairs[name][0])
+            adapter.lora_b.weight.copy_(pairs[name][1])
+    return module
+
+
+class MixedLoRALinear(nn.Module):
+    """A linear with the updates of several adapters, of which each row of a batch has its own or none; it won't train.
+
+    All A are stacked and all B, scaled, stand side by side: two products, however many adapters there are, between
+    which a row keeps the columns of its own.
+    """
+
+    def __init__(self, base: nn.Linear, a: Tensor, b: Tensor, columns: Tensor):
+        super().__init__()
+        self.base, self.a, self.b, self.columns = base, a, b, columns  # (R, in), (out, R), 1 or 0 in (B, R)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, in) -> (B, T, out)."""
+        return self.base(x) + (x @ self.a.T * self.columns[:, None]) @ self.b.T
+
+
+@contextlib.contextmanager
+def mixed_adapters(module: nn.Module, folders: list[str | Path | None]):
+    """Within the block, row i of every batch goes through the adapter in folders[i], or through the base alone (None).
+
+    Adapters may differ in rank, alpha and targets. Raises InputError as load_adapter does, and for a model that has
+    an adapter already.
+    """
+    gpt = backbone(module)
+    if adapters(gpt):
+        raise InputError("this model has a LoRA adapter already: load the base anew, and name the adapter of each row")
+    names = list(dict.fromkeys(folder for folder in folders if folder is not None))
+    found = [_pairs_for(gpt, Path(name)) for name in names]
+    device = gpt.token_embedding.weight.device
+    own = torch.tensor([[folder == name for name in names] for folder in folders], dtype=torch.float32, device=device)
+    linears = {name: gpt.get_submodule(name) for _, pairs in found for name in pairs}
+    try:
+        for name, linear in linears.items():
+            parts = [(*pairs[name], config.alpha / config.rank, own[:, [i]].expand(-1, config.rank))
+                     for i, (config, pairs) in enumerate(found) if name in pairs]  # fmt: skip
+            a = torch.cat([a for a, *_ in parts]).to(device)
+            b = torch.cat([scaling * b for _, b, scaling, _ in parts], dim=1).to(device)
+            columns = torch.cat([columns for *_, columns in parts], dim=1)
+            gpt.set_submodule(name, MixedLoRALinear(linear, a, b, columns))
+        yield
+    finally:
+        for name, linear in linears.items():
+            gpt.set_submodule(name, linear)
+
+
+def keep_rows(module: nn.Module, rows: Tensor) -> None:
+    """Of a batch within mixed_adapters, go on with these rows alone."""
+    for part in backbone(module).modules():
+        if isinstance(part, MixedLoRALinear):
+            part.columns = part.columns[rows]
+
+
+def _pairs_for(gpt: nn.Module, folder: Path) -> tuple[LoRAConfig, dict[str, tuple[Tensor, Tensor]]]:
+    """What a folder's adapter is, and A and B for each linear of this GPT-2 by its name; raises as load_adapter does."""
     settings, tensors, ours = _read_adapter(folder)
     if ours and ours["base_sha256"] != (actual := fingerprint(gpt)):
         raise InputError(f"{folder} was trained on another base, of SHA-256 {ours['base_sha256'][:12]}..., and not "
@@ -221,16 +295,7 @@ def load_adapter(module: nn.Module, folder: str | Path) -> nn.Module:
     targets = tuple(name for name in LINEARS if any(pair.endswith(f".{name}") for pair in pairs))
     if len(pairs) != len(targets) * gpt.config.layers:
         raise InputError(f"{folder} adapts {', '.join(targets)} in some layers only; this model adapts all or none")
-    config = LoRAConfig(rank, settings["lora_alpha"], settings.get("lora_dropout", 0.0), targets)
-
-    for name, adapter in adapters(gpt).items():
-        gpt.set_submodule(name, adapter.base)
-    apply_lora(gpt, config)
-    with torch.no_grad():
-        for name, adapter in adapters(gpt).items():
-            adapter.lora_a.weight.copy_(pairs[name][0])
-            adapter.lora_b.weight.copy_(pairs[name][1])
-    return module
+    return LoRAConfig(rank, settings["lora_alpha"], settings.get("lora_dropout", 0.0), targets), pairs
 
 
 def _read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor], dict | None]:

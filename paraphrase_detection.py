@@ -76,7 +76,7 @@ def main(options: argparse.Namespace) -> None:
     from lora import apply_lora, hold_frozen
     from models.gpt2 import GPT2Model
     from models.paraphrase_gpt import ParaphraseGPT
-    from runs import parameter_counts, summary, write_json, write_text
+    from runs import parameter_counts, summary, write_text
     from training import Task, precision, settings, start, train
 
     config, lora_config, device, dtype = settings(options)
@@ -166,7 +166,7 @@ def main(options: argparse.Namespace) -> None:
     if examples:
         draw_attention(run.folder / "attention.png", examples, f"what {options.pooling} pooling weighs")
     how = {name: getattr(options, name) for name in ("dataset", "pooling", "pair_encoding")}
-    write_json(run.folder / "summary.json", summary("paraphrases", options, counts, progress) | how | figures)
+    run.finish(title, summary("paraphrases", options, counts, progress) | how | figures)
     print(f"\n{comparison(figures, sets)}\n\npredictions: {', '.join(map(str, outputs.values()))}\n"
           f"errors, curves, metrics, best model, summary: {run.folder}")  # fmt: skip
 

@@ -178,6 +178,12 @@ class Run:
             reason = type(error).__name__
             raise InputError(f"{self.state_path} can't be read ({reason}); delete it to start over") from error
 
+    def finish(self, title: str, figures: dict) -> None:
+        """Write the best model's card and, last, summary.json: a run that has one is complete."""
+        if self.best.exists():
+            write_text(self.best / "README.md", model_card(title, self.options, figures))
+        write_json(self.folder / "summary.json", figures)
+
     def write_metrics(self, rows: list[dict]) -> None:
         """metrics.csv, a row an epoch."""
         if rows:
@@ -198,6 +204,26 @@ def facts(device: torch.device, dtype: torch.dtype, files: list[Path]) -> dict:
         "dtype": str(dtype).removeprefix("torch."),
         "data_sha256": {str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files},
     }
+
+
+def model_card(title: str, options: dict, figures: dict) -> str:
+    """The README.md of weights that travel, as model hubs show it: what they are, how to load them, their figures."""
+    size, adapter = options["model_size"], options["use_lora"]
+    load = f'GPT2LMHeadModel.from_pretrained("{size if adapter else "this folder"}")'
+    settings = ("epochs", "lr", "batch_size", "grad_accumulation", "schedule", "seed")
+    shown = [
+        f"| {name.replace('_', ' ')} | {value:{'.4f' if isinstance(value, float) else ','}} |"
+        for name, value in figures.items()
+        if name.startswith(("trainable", "best_epoch", "base", "dev", "test"))
+    ]
+    lines = [
+        "---", f"library_name: {'peft' if adapter else 'transformers'}",
+        *[f"base_model: {size}"] * (adapter and size.startswith("gpt2")), "---", "", f"# {title}", "",
+        f"The best epoch, by dev figures, of {', '.join(f'{name} {options[name]}' for name in settings)}.", "",
+        "```python", f'PeftModel.from_pretrained({load}, "this folder")' if adapter else load, "```", "",
+        "| figure | of this run |", "|---|---|", *shown,
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
 
 
 def peak_memory_gb(device: torch.device) -> float | None:

@@ -45,7 +45,7 @@ def main(options: argparse.Namespace) -> None:
     from lora import apply_lora, hold_frozen, load_adapter, merge_lora, save_adapter
     from models.gpt2 import GPT2Model
     from models.sonnet_gpt import SonnetGPT, check_sampling
-    from runs import parameter_counts, summary, write_json, write_text
+    from runs import parameter_counts, summary, write_text
     from training import Task, precision, settings, start, train
 
     config, lora_config, device, dtype = settings(options)
@@ -130,7 +130,7 @@ def main(options: argparse.Namespace) -> None:
 
         draw_curves(run.folder / "curves.png", progress.rows, title, base["dev_loss"])
     before = {f"base_{name}": value for name, value in base.items()}
-    write_json(run.folder / "summary.json", summary("sonnets", options, counts, progress) | before | tuned | form)
+    run.finish(title, summary("sonnets", options, counts, progress) | before | tuned | form)
     print(f"\n{preview(held_out, texts)}\n\n{comparison(base, tuned, form)}\n")
     print(f"sonnets: {options.sonnet_out}\ncurves, metrics, best model, summary: {run.folder}")
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import InputError, check
+from lora import keep_rows, mixed_adapters
 from models.gpt2 import GPT2Model
 from modules.attention import KVCache
 from modules.loss import cross_entropy
@@ -39,13 +40,20 @@ class SonnetGPT(nn.Module):
 
     @torch.inference_mode()
     def generate(self, prompts: list[str], temperature: float = 0.9, top_p: float = 0.9, top_k: int = 0,
-                 max_new_tokens: int = 200, max_lines: int | None = 14, seed: int = 0) -> list[str]:  # fmt: skip
+                 max_new_tokens: int = 200, max_lines: int | None = 14, seed: int = 0,
+                 adapters: list | None = None) -> list[str]:  # fmt: skip
         """Continue all prompts as one batch; returns each prompt, unchanged, with its continuation.
 
         A row ends at end-of-text, once it has `max_lines` lines (None: any number), after `max_new_tokens`, or where
-        the model's positions end, counted from the longest prompt. The seed fixes the draws. Raises InputError for
-        settings out of range, an empty prompt, and one that fills all positions.
+        the model's positions end, counted from the longest prompt. The seed fixes the draws. `adapters` names a LoRA
+        adapter's folder for each prompt (None: the base alone). Raises InputError for settings out of range, an empty
+        prompt, one that fills all positions, and an adapter that does not fit.
         """
+        if adapters is not None:
+            if len(adapters) != len(prompts):
+                raise InputError(f"{len(adapters)} adapters for {len(prompts)} prompts: name one, or None, for each")
+            with mixed_adapters(self, adapters):
+                return self.generate(prompts, temperature, top_p, top_k, max_new_tokens, max_lines, seed)
         check_sampling(temperature, top_p, top_k, max_new_tokens)
         if not prompts:
             return []
@@ -80,6 +88,7 @@ class SonnetGPT(nn.Module):
                 alive, rows = [alive[index] for index in going], torch.tensor(going, device=device)
                 mask = mask[rows]
                 cache.keep(rows)
+                keep_rows(gpt, rows)
             tokens = torch.tensor([[chosen[index]] for index in going], device=device)
             mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
         texts = [prompt + tokenizer.decode(row) for prompt, row in zip(prompts, new, strict=True)]

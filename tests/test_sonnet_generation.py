@@ -51,6 +51,9 @@ def test_a_run_leaves_what_it_should(command, tmp_path, options):
     adapter = "--use_lora" in options
     assert (run / "best" / "adapter_model.safetensors").exists() == adapter
     assert (run / "best" / "model.safetensors").exists() != adapter
+    card = written(run / "best" / "README.md")
+    assert card.startswith(f"---\nlibrary_name: {'peft' if adapter else 'transformers'}\n")
+    assert f"| dev loss | {summary['dev_loss']:.4f} |\n" in card
     texts = written(tmp_path / "out.txt")
     assert texts == written(run / "predictions" / "generated_sonnets.txt")
     assert all(f"\n\n{n}\n\nFrom fairest\ncreatures\nwe {n}\n" in texts for n in range(1, 6))
