@@ -102,7 +102,7 @@ def hold_frozen(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     gpt = backbone(module)
     matrices = [gpt.token_embedding, *(part for part in gpt.modules() if isinstance(part, nn.Linear))]
     frozen = [part for part in matrices if not part.weight.requires_grad]
-    if adapters(gpt) and any(part.weight.dtype != dtype for part in frozen):
+    if any(part.weight.dtype != dtype for part in frozen):
         gpt.base_sha256 = fingerprint(gpt)
     for part in frozen:
         part.to(dtype)
@@ -265,7 +265,7 @@ def keep_rows(module: nn.Module, rows: Tensor) -> None:
 
 
 def _pairs_for(gpt: nn.Module, folder: Path) -> tuple[LoRAConfig, dict[str, tuple[Tensor, Tensor]]]:
-    """What a folder's adapter is, and A and B for each linear of this GPT-2 by its name; raises as load_adapter does."""
+    """What a folder's adapter is, and A and B for each linear of this GPT-2, by its name; raises as load_adapter."""
     settings, tensors, ours = _read_adapter(folder)
     if ours and ours["base_sha256"] != (actual := fingerprint(gpt)):
         raise InputError(f"{folder} was trained on another base, of SHA-256 {ours['base_sha256'][:12]}..., and not "

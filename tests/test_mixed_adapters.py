@@ -6,7 +6,7 @@ from helpers import randomise, states
 from torch.testing import assert_close
 
 from config import InputError, LoRAConfig
-from lora import apply_lora, fingerprint, load_adapter, mixed_adapters, save_adapter
+from lora import apply_lora, fingerprint, hold_frozen, load_adapter, mixed_adapters, save_adapter
 from models.gpt2 import GPT2Model
 from models.sonnet_gpt import SonnetGPT
 
@@ -70,6 +70,16 @@ def test_the_model_is_as_before(gpt, folders, ids):
         pass
     assert [name for name, _ in gpt.named_modules()] == names
     assert torch.equal(states(gpt, ids), before)
+
+
+def test_a_base_held_in_bfloat16_still_knows_its_adapters(gpt, folders, ids):
+    """Its float32 weights are gone, and with them what the fingerprint is of: it is taken before."""
+    hold_frozen(gpt.requires_grad_(False), torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16), mixed_adapters(gpt, folders):
+        mixed = states(gpt, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        own, other = (states(load_adapter(gpt, adapter), ids)[1] for adapter in folders[1:])
+    assert (mixed[1] - own).abs().max() < 0.1 * (mixed[1] - other).abs().max()
 
 
 def test_one_adapter_a_prompt_and_none_on_the_model(gpt, folders):
