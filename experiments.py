@@ -1,7 +1,8 @@
-"""A question to a table: runs of a task script over options and seeds, in results/NAME.csv, NAME.md and NAME.png.
+"""A question to a table: runs of a task script over options and seeds, in results/NAME.{csv,md,png} and RESULTS.md.
 
     python experiments.py sonnets                         # full fine-tuning, LoRA, the untrained base
     python experiments.py poolings --seeds 3 --jobs 2     # fewer seeds; two runs at a time, whose seconds mean little
+    python experiments.py poolings --rows last mean       # rows with these words alone
     python experiments.py poolings --dataset quora        # any option of the task script, for every run of the table
 
 A run is kept in runs/experiments, under a hash of its script, of every option's value (defaults too) and of what is in
@@ -22,7 +23,7 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from config import ROOT, HelpFormatter, InputError, Parser, exit_cleanly
@@ -125,21 +126,21 @@ def execute(folder: Path, arguments: list[str], jobs: int) -> str | None:
     return (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1] if done.returncode else None
 
 
-def gather(name: str, seeds: int, jobs: int, given: list[str]) -> dict[str, list[dict]]:
+def gather(experiment: Experiment, seeds: int, jobs: int, given: list[str]) -> dict[str, list[dict]]:
     """Each row's summaries, a seed after the other: of runs that are there, and of missing ones, `jobs` at a time.
 
     `given` options come after a row's own, and win. Of a run that failed there is, beside its seed, why: `failed`.
     """
     from tqdm import tqdm
 
-    plan, found = {}, {row: [] for row in EXPERIMENTS[name].rows}
+    plan, found = {}, {row: [] for row in experiment.rows}
     for seed in range(FIRST_SEED, FIRST_SEED + seeds):  # an interrupted table has all rows of its first seeds
-        for row, options in EXPERIMENTS[name].rows.items():
+        for row, options in experiment.rows.items():
             arguments = [*options.split(), *given, "--seed", str(seed)]
-            plan[row, seed] = folder_of(EXPERIMENTS[name].script, arguments), arguments
+            plan[row, seed] = folder_of(experiment.script, arguments), arguments
     missing = {folder: arguments for folder, arguments in plan.values() if not (folder / "summary.json").exists()}
     with ThreadPoolExecutor(jobs) as pool:
-        done = tqdm(pool.map(lambda run: execute(*run, jobs), missing.items()), name, len(plan), unit="run",
+        done = tqdm(pool.map(lambda run: execute(*run, jobs), missing.items()), total=len(plan), unit="run",
                     initial=len(plan) - len(missing), smoothing=0)  # fmt: skip
         failed = dict(zip(missing, done, strict=True))
     for (row, seed), (folder, _) in plan.items():
@@ -234,20 +235,28 @@ def main() -> None:
     parser.add_argument("name", choices=EXPERIMENTS)
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, 65), metavar="N", help="runs of each row")
     parser.add_argument("--jobs", type=int, default=1, choices=range(1, 65), metavar="N", help="runs at a time")
+    parser.add_argument("--rows", nargs="+", metavar="WORD", help="of its rows, those that hold one of these words")
     options, given = parser.parse_known_args()
+    experiment = EXPERIMENTS[options.name]
+    rows = {row: how for row, how in experiment.rows.items() if any(word in row for word in options.rows or [row])}
+    if not rows:
+        raise InputError(f"--rows {' '.join(options.rows)} finds none of the rows {'; '.join(experiment.rows)}")
+    experiment = replace(experiment, rows=rows)
     given = [str(Path(word).resolve()) if Path(word).exists() else word for word in given]  # runs have other folders
     if taken := {"--seed", "--out_dir", "--resume"} & {word.partition("=")[0] for word in given}:
         raise InputError(f"{', '.join(taken)} is set for each run; --seeds says how many there are")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no run is left behind
-    found = gather(options.name, options.seeds, options.jobs, given)
+    found = gather(experiment, options.seeds, options.jobs, given)
     from figures import draw_experiment
-    from runs import write_csv, write_text
+    from runs import include_tables, write_csv, write_text
 
-    path = ROOT / "results" / re.sub(r"[^\w.]+", "-", "-".join([options.name, *given]))
-    table = as_markdown(EXPERIMENTS[options.name], found)
+    path = ROOT / "results" / re.sub(r"[^\w.]+", "-", "-".join([options.name, *(options.rows or []), *given]))
+    table = as_markdown(experiment, found)
     write_csv(Path(f"{path}.csv"), [{"row": row, **run} for row, runs in found.items() for run in runs])
     write_text(Path(f"{path}.md"), table)
-    draw_experiment(Path(f"{path}.png"), EXPERIMENTS[options.name].panels, found)
+    draw_experiment(Path(f"{path}.png"), experiment.panels, found)
+    for document in ROOT.glob("*.md"):
+        include_tables(document)
     print(table)
     sys.exit(any(run["failed"] for runs in found.values() for run in runs))
 

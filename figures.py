@@ -61,7 +61,7 @@ def draw_experiment(path: Path, panels: tuple, found: dict[str, list[dict]]) -> 
 def _draw_epochs(part: SubFigure, found: dict[str, list[dict]], _) -> None:
     """Mean and range over seeds of the train and dev loss, for as many epochs as every seed has."""
     trained = {row: [run for run in runs if run.get("best_epoch")] for row, runs in found.items()}
-    panels = part.subplots(1, 2, sharey=True)
+    panels = part.subplots(1, 2)
     for row, colour, style in zip(filter(trained.get, trained), cycle(COLOURS), cycle(("-", "--", ":", "-."))):
         files = [(ROOT / run["folder"] / "metrics.csv").read_text().splitlines() for run in trained[row]]
         for axes, name in zip(panels, ("train_loss", "dev_loss"), strict=True):

@@ -5,6 +5,7 @@ python paraphrase_detection.py --model_size gpt2 --dataset quora  # 124M weights
 """
 
 import argparse
+import ast
 import math
 import os
 from pathlib import Path
@@ -18,7 +19,10 @@ DATASETS = {  # the files of train, dev and test, and what makes them
     "verses": (("verses-train.csv", "verses-dev.csv", "verses-test.csv"), "data/build_verses.py"),
     "quora": (("quora-train.csv", "quora-dev.csv", "quora-test-student.csv"), "data/download_quora.py"),
 }
-POOLINGS = ("last", "mean", "max", "generalized", "multihead")
+# the names in pooling.py's table, read off its text: to import it takes torch's seconds, and --help should not
+POOLINGS = next(tuple(ast.literal_eval(key) for key in line.value.keys)
+                for line in ast.parse((ROOT / "pooling.py").read_text(encoding="utf-8")).body
+                if isinstance(line, ast.Assign) and ast.unparse(line.targets) == "POOLINGS")  # fmt: skip
 PENALTIES = {"parameter_penalty": 0.01, "attention_penalty": 0, "vector_penalty": 0}  # multihead's, and its defaults
 ERRORS = 10  # in errors.md
 

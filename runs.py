@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -88,6 +89,19 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 def write_json(path: Path, value: dict) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def include_tables(document: Path) -> None:
+    """Put FILE's Nth paragraph between the document's marks <!-- FILE N --> and <!-- end -->, where there is one."""
+
+    def paragraph(marks: re.Match) -> str:
+        source = ROOT / marks[2]
+        parts = source.read_text(encoding="utf-8").strip().split("\n\n") if source.is_file() else []
+        chosen = parts[int(marks[3]) - 1 : int(marks[3])]
+        return "\n".join([marks[1], *chosen, "<!-- end -->"]) if chosen else marks[0]
+
+    text = document.read_text(encoding="utf-8")
+    write_text(document, re.sub(r"(<!-- (\S+) (\d+) -->)\n.*?<!-- end -->", paragraph, text, flags=re.DOTALL))
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ depends, and the embedded base's tokenizer. A comparison is a ratio within a rou
 import argparse
 import csv
 import json
-import re
 import shutil
 import statistics
 import subprocess
@@ -173,12 +172,10 @@ def table(found: dict, columns: dict[str, str]) -> list[str]:
 
 
 def write_tables(name: str, cases: list[str], ratios: list[str]) -> None:
-    """Both into results/NAME.md, the ratios between README's marks of that name too; and on the screen."""
+    """Both into results/NAME.md, and from there into RESULTS.md; and on the screen."""
+    from runs import include_tables
+
     text = "\n".join([*cases, "", *ratios]) + "\n"
     print(text)
     (HERE / "results" / f"{name}.md").write_text(text, encoding="utf-8", newline="\n")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    begin, end = f"<!-- benchmarks/{name}.py -->\n", f"<!-- end of benchmarks/{name}.py -->\n"
-    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-    replaced = pattern.sub(lambda _: begin + "\n".join(ratios) + "\n" + end, readme)
-    (ROOT / "README.md").write_text(replaced, encoding="utf-8", newline="\n")
+    include_tables(ROOT / "RESULTS.md")

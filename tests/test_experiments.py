@@ -60,16 +60,16 @@ def task(tmp_path, monkeypatch):
 
 def test_a_run_is_made_once_and_anew_when_an_option_changes(task):
     """More seeds add their runs only; an option given, also in other words, decides what is the same."""
-    found = gather("fake", 2, 1, [])
+    found = gather(EXPERIMENTS["fake"], 2, 1, [])
     assert task() == ["1 11711", "2 11711", "1 11712", "2 11712"]
     assert [run["dev_loss"] for run in found["two"]] == [3, 4]
-    assert gather("fake", 2, 1, []) == found
+    assert gather(EXPERIMENTS["fake"], 2, 1, []) == found
     assert task() == []
-    gather("fake", 3, 2, [])
+    gather(EXPERIMENTS["fake"], 3, 2, [])
     assert sorted(task()) == ["1 11713", "2 11713"]
-    gather("fake", 1, 1, ["--lr", "1.0"])  # both rows are the same run then, which is there
+    gather(EXPERIMENTS["fake"], 1, 1, ["--lr", "1.0"])  # both rows are the same run then, which is there
     assert task() == []
-    gather("fake", 1, 1, ["--lr", "0.5"])
+    gather(EXPERIMENTS["fake"], 1, 1, ["--lr", "0.5"])
     assert task() == ["0.5 11711"]
 
 
