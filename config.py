@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +27,7 @@ class InputError(Exception):
 
 
 class Interrupted(Exception):  # noqa: N818 (no error: a run that was asked to stop, and can go on later)
-    """Training was stopped by a signal after a step, its state saved."""
-
-    def __init__(self, message: str, signal_number: int):
-        super().__init__(message)
-        self.exit_code = 128 + signal_number
+    """Training was stopped after a step, its state saved; holds a message and the signal's number."""
 
 
 @contextlib.contextmanager
@@ -39,16 +36,18 @@ def exit_cleanly():
     for stream in (sys.stdout, sys.stderr):  # a console without UTF-8 shows a ? instead of failing
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, where training does not do better
     try:
         yield
         return
     except InputError as error:
         message, code = f"error: {error}", 2
     except Interrupted as stop:
+        text, number = stop.args
         resume = "" if "--resume" in sys.argv else " --resume"
         many = "TORCHELASTIC_RUN_ID" in os.environ
         launcher = f"torchrun --nproc_per_node={os.environ['WORLD_SIZE']}" if many else "python"
-        message, code = f"{stop}; go on with: {launcher} {shlex.join(sys.argv)}{resume}", stop.exit_code
+        message, code = f"{text}; go on with: {launcher} {shlex.join(sys.argv)}{resume}", 128 + number
     except KeyboardInterrupt:
         message, code = "stopped; what was saved before stands (a run goes on with --resume)", 130
     except FloatingPointError as error:

@@ -50,16 +50,12 @@ def language_model_figures(model, batches: Iterable[dict]) -> dict[str, float]:
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_character": nats / math.log(2) / characters}
 
 
-def continuation(text: str) -> str:
-    """The lines after the given ones, of a sonnet or of what a model made of its beginning."""
-    return "\n".join([line for line in text.split("\n") if line.strip()][GIVEN_LINES:])
-
-
 def chrf(texts: list[str], sonnets: list[Sonnet]) -> float:
     """Corpus chrF (Popovic 2015; sacrebleu's defaults), 0 to 100, on the continuations alone."""
     from sacrebleu.metrics import CHRF  # imported here: half a second
 
-    return CHRF().corpus_score([continuation(text) for text in texts], [[s.continuation for s in sonnets]]).score
+    written = [Sonnet(0, text).continuation for text in texts]
+    return CHRF().corpus_score(written, [[sonnet.continuation for sonnet in sonnets]]).score
 
 
 def chrf_floor(sonnets: list[Sonnet], train: list[Sonnet], draws: int = 20, seed: int = 0) -> tuple[float, float]:
@@ -70,15 +66,10 @@ def chrf_floor(sonnets: list[Sonnet], train: list[Sonnet], draws: int = 20, seed
     return mean, math.sqrt(sum((score - mean) ** 2 for score in scores) / (draws - 1))
 
 
-def whole_sonnet_rate(texts: list[str]) -> float:
-    """Share of texts with exactly 14 lines; meaningful where nothing stopped them at the 14th."""
-    return sum(len([line for line in text.split("\n") if line.strip()]) == SONNET_LINES for text in texts) / len(texts)
-
-
 def copied_share(texts: list[str], train: list[Sonnet], n: int = 5) -> float:
     """Share of the continuations' word n-grams that stand in the training text; 0 where there are none."""
     known = {gram for sonnet in train for gram in _ngrams(sonnet.text, n)}
-    grams = [gram for text in texts for gram in _ngrams(continuation(text), n)]
+    grams = [gram for text in texts for gram in _ngrams(Sonnet(0, text).continuation, n)]
     return sum(gram in known for gram in grams) / max(1, len(grams))
 
 
@@ -91,10 +82,10 @@ def sonnet_form(texts: list[str], train: list[Sonnet]) -> dict[str, float]:
     sonnets = [Sonnet(0, text).lines for text in texts]
     pairs = [max(pair) < len(lines) and rhyme(*(lines[line] for line in pair)) for lines in sonnets for pair in RHYMES]
     counts = [sum(map(syllables, _words(line))) for lines in sonnets for line in lines[GIVEN_LINES:]]
-    grams = [_ngrams(continuation(text), 2) for text in texts]
+    grams = [_ngrams(Sonnet(0, text).continuation, 2) for text in texts]
     figures = {
         "lines": [len(lines) for lines in sonnets],
-        "14_line_rate": [whole_sonnet_rate(texts)],
+        "14_line_rate": [len(lines) == SONNET_LINES for lines in sonnets],
         "rhymes": [pair for pair in pairs if pair is not None],
         "known_line_ends": [bool(_sounds(line)) for lines in sonnets for line in lines],
         "syllables": counts,

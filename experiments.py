@@ -17,7 +17,6 @@ import json
 import math
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -64,8 +63,8 @@ EXPERIMENTS = {
     "sonnets": Experiment(
         "sonnet_generation",
         {"full fine-tuning": "", "LoRA": "--use_lora", "base, not tuned": "--epochs 0",
-         "full, the report's settings": "--preset report --model_size tiny",
-         "LoRA, the report's settings": "--preset report --model_size tiny --use_lora"},
+         "the report's settings: full": "--preset report --model_size tiny",
+         "the report's settings: LoRA": "--preset report --model_size tiny --use_lora"},
         LOSS | dict.fromkeys(COST, 0.0), ("curves", tuple(LOSS), COST)),
     "lora_rank": Experiment(
         "sonnet_generation",
@@ -245,7 +244,6 @@ def main() -> None:
     given = [str(Path(word).resolve()) if Path(word).exists() else word for word in given]  # runs have other folders
     if taken := {"--seed", "--out_dir", "--resume"} & {word.partition("=")[0] for word in given}:
         raise InputError(f"{', '.join(taken)} is set for each run; --seeds says how many there are")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no run is left behind
     found = gather(experiment, options.seeds, options.jobs, given)
     from figures import draw_experiment
     from runs import include_tables, write_csv, write_text

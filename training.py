@@ -59,6 +59,7 @@ def train(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler.scale(torch.zeros((), device=device))  # has no scale before: a process without rows in its first batch
     progress = _restore(run, parameters, optimizer, scaler, device)
     if processes.is_writer():
         run.write_metrics(progress.rows)

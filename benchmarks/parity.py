@@ -2,7 +2,8 @@
 
     python benchmarks/parity.py FOLDER [FOLDER ...]
 
-Any GPT-2 folder with a tokenizer will do; random weights show as much as trained ones. Prints a line a check.
+Any GPT-2 folder with a tokenizer will do; random weights show as much as trained ones. Prints a line a check, and
+writes benchmarks/results/parity.md, a column a folder.
 """
 
 import sys
@@ -15,18 +16,22 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2LMHeadModel
 
-from config import LoRAConfig
+from config import ROOT, LoRAConfig
 from lora import apply_lora, fingerprint, load_adapter, merge_lora, save_adapter
 from models.gpt2 import GPT2Model
 from models.sonnet_gpt import SonnetGPT
 from modules.attention import KVCache
-from runs import parameter_counts
+from runs import include_tables, parameter_counts, write_text
 
 PROMPT = "Shall I compare thee to a summer's day?\nThou art more lovely and more temperate:\n"
 
 
+FOUND: dict[str, list[str]] = {}
+
+
 def show(label: str, value: float | bool | str) -> None:
-    print(f"  {label:<44}{value:.1e}" if isinstance(value, float) else f"  {label:<44}{value}", flush=True)
+    FOUND.setdefault(label, []).append(f"{value:.1e}" if isinstance(value, float) else f"{value}")
+    print(f"  {label:<44}{FOUND[label][-1]}", flush=True)
 
 
 def largest(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -118,3 +123,8 @@ if __name__ == "__main__":
         print(name, flush=True)
         logits(name)
         lora(name)
+    rows = [["", *(Path(name).resolve().name for name in sys.argv[1:])], ["---"] * len(sys.argv)]
+    rows += [[label, *values] for label, values in FOUND.items()]
+    text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    write_text(ROOT / "benchmarks" / "results" / "parity.md", text)
+    include_tables(ROOT / "RESULTS.md")

@@ -43,6 +43,8 @@ def test_prompt_and_continuation():
     assert sonnet.prompt == "one\ntwo\nthree\n"
     assert sonnet.continuation == "four\n  five"
     assert sonnet.prompt + sonnet.continuation == sonnet.text
+    assert Sonnet(7, "one\n\ntwo\nthree\n\nfour\n  five\n").continuation == "four\n  five"  # empty lines are no lines
+    assert Sonnet(7, "one\ntwo\nthree\n").continuation == ""
 
 
 @pytest.mark.parametrize("encode", [

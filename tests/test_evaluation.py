@@ -14,7 +14,6 @@ from evaluation import (
     bootstrap_interval,
     chrf,
     chrf_floor,
-    continuation,
     copied_share,
     language_model_figures,
     mean_interval,
@@ -22,7 +21,6 @@ from evaluation import (
     sonnet_figures,
     sonnet_form,
     syllables,
-    whole_sonnet_rate,
 )
 from models.sonnet_gpt import SonnetGPT
 
@@ -58,18 +56,13 @@ def test_figures_are_without_dropout(gpt):
     assert figures == language_model_figures(model, data.in_order(1))
 
 
-def test_continuation_is_what_follows_three_lines():
-    """Empty lines are no lines."""
-    assert continuation("one\n\ntwo\nthree\n\nfour\n  five\n") == "four\n  five"
-    assert continuation("one\ntwo\nthree\n") == ""
-
-
 def test_chrf_is_of_the_continuation_alone():
     """The report's chrF counted the three given lines, which every model gets right."""
     texts = [sonnet.text for sonnet in TRAIN[:12]]
     score = chrf(texts, DEV)
-    assert chrf(["x\ny\nz\n" + continuation(text) for text in texts], DEV) == score
-    assert chrf([sonnet.prompt + continuation(text) for sonnet, text in zip(DEV, texts, strict=True)], DEV) == score
+    assert chrf(["x\ny\nz\n" + Sonnet(0, text).continuation for text in texts], DEV) == score
+    prompted = [sonnet.prompt + Sonnet(0, text).continuation for sonnet, text in zip(DEV, texts, strict=True)]
+    assert chrf(prompted, DEV) == score
     assert 0 < score < 60
     assert chrf([sonnet.text for sonnet in DEV], DEV) == 100
 
@@ -89,10 +82,10 @@ def test_the_floor_of_one_sonnet_is_its_own_score():
     assert deviation == pytest.approx(0, abs=1e-9)
 
 
-def test_whole_sonnet_rate_by_hand():
+def test_rate_of_whole_sonnets_by_hand():
     """Of 14, 13, 15 and 14 lines, empty ones not counted, two are whole."""
     texts = ["line\n" * 14, "line\n" * 13, "line\n" * 15, "line\n\n" * 13 + "  line"]
-    assert whole_sonnet_rate(texts) == 0.5
+    assert sonnet_form(texts, TRAIN)["14_line_rate"] == 0.5
 
 
 def test_copied_share_by_hand():

@@ -2,13 +2,13 @@
 
 import csv
 import json
-import signal
 import sys
 
 import pytest
 
 import experiments
 import figures
+from config import InputError
 from experiments import EXPERIMENTS, Experiment, differences, folder_of, gather, shown
 
 SCRIPT = """
@@ -102,13 +102,11 @@ def test_a_failed_run_is_shown_and_tried_again(task, tmp_path, monkeypatch, caps
     rows = {"one": "", "three": "--lr 3"}
     monkeypatch.setitem(EXPERIMENTS, "fake", Experiment("fake_task", rows, {"dev_loss": 1}, (("dev_loss",),)))
     monkeypatch.setattr(sys, "argv", ["experiments.py", "fake", "--seeds", "2"])
-    handler = signal.getsignal(signal.SIGTERM)
     for expected in (4, 2):
         with pytest.raises(SystemExit) as end:
             experiments.main()
         assert end.value.code == 1
         assert len(task()) == expected
-    signal.signal(signal.SIGTERM, handler)
     table = (tmp_path / "results" / "fake.md").read_text(encoding="utf-8")
     assert "Failed: three, seed 11711: error: the loss is nan" in table
     assert "| three |  |" in table
@@ -121,10 +119,8 @@ def test_a_failed_run_is_shown_and_tried_again(task, tmp_path, monkeypatch, caps
 def test_a_table_and_its_figure(task, tmp_path, monkeypatch):
     """Every panel is drawn; given options are in the name; a table names its commits, ceiling and floor."""
     monkeypatch.setattr(sys, "argv", ["experiments.py", "fake", "--seeds", "2", "--data", "a/b"])
-    handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
         experiments.main()
-    signal.signal(signal.SIGTERM, handler)
     assert not end.value.code
     assert (tmp_path / "results" / "fake-data-a-b.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "results" / "fake-data-a-b.md").read_text(encoding="utf-8")
@@ -132,6 +128,19 @@ def test_a_table_and_its_figure(task, tmp_path, monkeypatch):
     assert "| Shakespeare's own | 1.000 |" in table
     assert "| his lines, shuffled | 0.000 |" in table
     assert "4 of c0ffee" in table
+
+
+def test_chosen_rows_alone_are_run_and_have_files_of_their_own(task, tmp_path, monkeypatch):
+    """A part of a table must not take the whole one's place; words that find nothing are an error."""
+    monkeypatch.setattr(sys, "argv", ["experiments.py", "fake", "--rows", "tw", "x", "--seeds", "1", "--lr", "2"])
+    with pytest.raises(SystemExit) as end:
+        experiments.main()
+    assert not end.value.code
+    assert task() == ["2 11711"]
+    assert [path.name for path in sorted((tmp_path / "results").glob("*.md"))] == ["fake-tw-x-lr-2.md"]
+    monkeypatch.setattr(sys, "argv", ["experiments.py", "fake", "--rows", "three"])
+    with pytest.raises(InputError, match="three finds none of the rows one; two"):
+        experiments.main()
 
 
 @pytest.mark.parametrize(("gains", "verdict"), [
