@@ -49,6 +49,7 @@ class LoRALinear(nn.Module):
         self.dropout = Dropout(dropout)
         nn.init.kaiming_uniform_(self.lora_a.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_b.weight)
+        self.train(base.training)  # a model that is evaluated drops nothing, nor does an adapter that it gets
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""

@@ -101,7 +101,9 @@ def include_tables(document: Path) -> None:
         return "\n".join([marks[1], *chosen, "<!-- end -->"]) if chosen else marks[0]
 
     text = document.read_text(encoding="utf-8")
-    write_text(document, re.sub(r"(<!-- (\S+) (\d+) -->)\n.*?<!-- end -->", paragraph, text, flags=re.DOTALL))
+    fresh = re.sub(r"(<!-- (\S+) (\d+) -->)\n.*?<!-- end -->", paragraph, text, flags=re.DOTALL)
+    if fresh != text:
+        write_text(document, fresh)
 
 
 @contextlib.contextmanager

@@ -98,6 +98,16 @@ def test_loading_replaces_the_adapters_that_are_there(folder, gpt, tmp_path, ids
     assert {name.rsplit(".", 1)[-1] for name in adapters(gpt)} == {"q_proj"}
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("training", [False, True])
+def test_an_adapter_is_in_the_mode_of_its_model(gpt, tmp_path, ids, training):
+    """from_pretrained evaluates: an adapter loaded then must not drop, or every call gives other logits."""
+    save_adapter(adapted(GPT2Model.from_pretrained(gpt.folder), dropout=0.5), tmp_path)
+    load_adapter(gpt.train(training), tmp_path)
+    one, other = (gpt(ids)["last_hidden_state"] for _ in range(2))
+    assert torch.equal(one, other) == (not training)
+
+
 def test_another_base_is_named(folder, gpt, tmp_path):
     """One weight of another value is another model: the update would be added to the wrong thing."""
     save_adapter(adapted(gpt), tmp_path)
