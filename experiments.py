@@ -220,8 +220,10 @@ def as_markdown(experiment: Experiment, found: dict[str, list[dict]]) -> str:
         parts += [as_table([["", *columns], *cells])] * bool(columns)
     header = ["", "figure", "against", "difference", "95 %, seeds", "95 %, items", "margin", "verdict"]
     parts.append(as_table([header, *differences(experiment, found)]))
-    parts += [f"Failed: {row}, seed {run['seed']}: {run['failed']}" for row in found for run in found[row]
-              if run["failed"]]  # fmt: skip
+    failed = {}
+    for row, run in ((row, run) for row, of_row in found.items() for run in of_row if run["failed"]):
+        failed.setdefault((row, run["failed"]), []).append(str(run["seed"]))
+    parts += [f"Failed: {row}, seed {', '.join(seeds)}: {why}" for (row, why), seeds in failed.items()]
     commits = Counter(run["commit"] for run in runs if not run["failed"]).items()
     parts.append(f"Mean ± standard deviation over {len(runs) // len(found)} seeds. Losses are nats. Seconds are of "
                  "training alone, memory is the process's peak. Runs by commit: "

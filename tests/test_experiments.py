@@ -108,7 +108,7 @@ def test_a_failed_run_is_shown_and_tried_again(task, tmp_path, monkeypatch, caps
         assert end.value.code == 1
         assert len(task()) == expected
     table = (tmp_path / "results" / "fake.md").read_text(encoding="utf-8")
-    assert "Failed: three, seed 11711: error: the loss is nan" in table
+    assert "Failed: three, seed 11711, 11712: error: the loss is nan" in table
     assert "| three |  |" in table
     assert "| one | 2.500 ± 0.707 |" in table
     assert table in capsys.readouterr().out
