@@ -56,7 +56,7 @@ class Experiment:
 
 # To ask a question of your own, add an entry: the script; rows, each a label and its options; margins, fixed before the
 # runs; panels. The margins here: 0.02 nats are 2 % of perplexity; 0.01 of accuracy is a pair in a hundred.
-PAIRS = "--epochs 2 --pair_encoding"
+PAIRS = "--epochs 1 --pair_encoding"
 METHODS = {"full": "", "LoRA": "--use_lora"}
 TARGETS = ("q_proj", "q_proj v_proj", "q_proj k_proj v_proj out_proj", "q_proj v_proj interm_dense")
 EXPERIMENTS = {
@@ -146,7 +146,7 @@ def gather(experiment: Experiment, seeds: int, jobs: int, given: list[str]) -> d
         run = {"seed": seed, "folder": folder.relative_to(ROOT).as_posix(), "failed": failed.get(folder)}
         if not run["failed"]:
             config, summary = (json.loads((folder / f"{file}.json").read_bytes()) for file in ("config", "summary"))
-            run |= {"commit": (config["commit"] or "unknown")[:9]} | summary
+            run |= {"commit": (config["commit"] or "unknown")[:9], "dtype": config["dtype"]} | summary
         found[row].append(run)
     return found
 
@@ -224,9 +224,9 @@ def as_markdown(experiment: Experiment, found: dict[str, list[dict]]) -> str:
     for row, run in ((row, run) for row, of_row in found.items() for run in of_row if run["failed"]):
         failed.setdefault((row, run["failed"]), []).append(str(run["seed"]))
     parts += [f"Failed: {row}, seed {', '.join(seeds)}: {why}" for (row, why), seeds in failed.items()]
-    commits = Counter(run["commit"] for run in runs if not run["failed"]).items()
+    commits = Counter(f"{run['commit']} ({run['dtype']})" for run in runs if not run["failed"]).items()
     parts.append(f"Mean ± standard deviation over {len(runs) // len(found)} seeds. Losses are nats. Seconds are of "
-                 "training alone, memory is the process's peak. Runs by commit: "
+                 "training alone, memory is the process's peak. Runs by commit (and precision): "
                  f"{', '.join(f'{count} of {commit}' for commit, count in commits)}.")  # fmt: skip
     return "\n\n".join(parts) + "\n"
 

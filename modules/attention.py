@@ -53,7 +53,7 @@ class CausalSelfAttention(nn.Module):
             key, value = cache.append(layer, key, value)
         key, value = key.to(query.dtype), value.to(query.dtype)
         p = self.dropout if self.training else 0.0
-        slow = p or self.training and query.dtype == torch.bfloat16
+        slow = p or (self.training and query.dtype == torch.bfloat16)
         if slow and mask is None and query.device.type == "cpu":
             # torch's fused kernel there knows no dropout, and takes two to five times as long for gradients in bfloat16
             heads = causal_attention(query, key, value, p)

@@ -28,7 +28,7 @@ if __name__ == "__main__":
     if options.lr > 2:
         sys.exit("error: the loss is nan")
     folder, loss = pathlib.Path(options.out_dir), options.lr + options.seed % 10
-    (folder / "config.json").write_text(json.dumps({"commit": "c0ffee"}))
+    (folder / "config.json").write_text(json.dumps({"commit": "c0ffee", "dtype": "float32"}))
     (folder / "metrics.csv").write_text(f"epoch,train_loss,dev_loss\\n1,{loss},{loss}\\n2,{loss},{loss}\\n")
     (folder / "summary.json").write_text(json.dumps({
         "seed": options.seed, "dev_loss": loss, "best_epoch": 1, "trainable_parameters": 10, "gold_dev_rhymes": 1.0,
