@@ -112,11 +112,13 @@ def _interval(runs: list[dict], name: str) -> tuple[float, float, float] | None:
 
 
 def draw_attention(path: Path, examples: list[tuple[str, list[tuple[str, float]]]], title: str) -> None:
-    """For each example, a heading and its (token, weight) pairs: the text, darker where the pooling looks.
+    """For each example, a heading and its (token, weight) pairs: the text, on purple where the pooling looks.
 
-    A weight is shown as a multiple of what it would be if all tokens of the text counted alike.
+    A weight is shown as a multiple of what it would be if all tokens of the text counted alike: that is white, and
+    less is orange. The scale reaches 2 at least, so that a pooling that weighs nearly alike looks so.
     """
-    scale = cm.ScalarMappable(Normalize(0, max(weight for _, tokens in examples for _, weight in tokens)), "Blues")
+    most = max([2, *(weight for _, tokens in examples for _, weight in tokens)])
+    scale = cm.ScalarMappable(Normalize(2 - most, most), "PuOr")
     texts = [_wrapped(tokens) for _, tokens in examples]
     lines = [1 + tokens[-1][1] for tokens in texts]
     figure = Figure(figsize=(8, 0.6 + 0.35 * len(lines) + 0.25 * sum(lines)), layout="constrained")
@@ -128,9 +130,11 @@ def draw_attention(path: Path, examples: list[tuple[str, list[tuple[str, float]]
         axes.set_title(textwrap.shorten(heading, 100), fontsize=8, loc="left", parse_math=False)
         for column, line, shown, weight in tokens:
             axes.text(column, line + 0.5, shown, family="monospace", fontsize=8.5, va="center", parse_math=False,
-                      color="white" if weight > 0.55 * scale.norm.vmax else "black",
+                      color="white" if sum(scale.to_rgba(weight)[:3]) < 1.4 else "black",
                       bbox={"facecolor": scale.to_rgba(weight), "edgecolor": "none", "pad": 1})  # fmt: skip
-    figure.colorbar(scale, ax=panels.tolist(), shrink=0.8).set_label("weight, times uniform", fontsize=8)
+    bar = figure.colorbar(scale, ax=panels.tolist(), shrink=0.8)
+    bar.set_label("weight, times uniform", fontsize=8)
+    bar.ax.set_ylim(0, most)
     save(figure, path)
 
 
