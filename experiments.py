@@ -32,7 +32,7 @@ FIRST_SEED = 11711
 COST = ("seconds_per_epoch", "peak_memory_gb")
 TABLES = (  # of the runs' summaries, what there is of each: how good, and at what cost
     ("dev_loss", "test_loss", "test_bits_per_character", "dev_chrf",
-     "dev_accuracy", "dev_macro_f1", "test_accuracy", "test_macro_f1"),
+     "dev_accuracy", "dev_macro_f1", "test_accuracy", "test_macro_f1", "test_word_overlap_accuracy"),
     ("trainable_parameters", "epochs", "best_epoch", "first_train_loss", "final_train_loss", "train_seconds", *COST),
 )  # fmt: skip
 LOSS = {"dev_loss": 0.02, "test_loss": 0.02}
