@@ -50,7 +50,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
                       "of a LoRA run, --model_size names its base")  # fmt: skip
     unused = ("seed", "pooling", "pair_encoding", "para_train", *PENALTIES)
     options = parse(parser, arguments, "paraphrases", REPORT, "predict_only", unused)
-    if options.pair_encoding is None:  # tiny never learns to compare within a prompt: results/poolings.md
+    if options.pair_encoding is None:  # tiny hardly learns to compare within a prompt: RESULTS.md
         options.pair_encoding = "separate" if options.model_size == "tiny" else "joint"
     if bool(options.model) != options.predict_only:
         raise InputError("--predict_only and --model DIR go together; to train from a folder, name it by --model_size")
