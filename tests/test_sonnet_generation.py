@@ -68,7 +68,7 @@ def test_the_best_model_writes_the_runs_texts_again(command, folder, tmp_path, m
     path = tmp_path / "sonnets.txt"
     given = [f"--adapter={best}", f"--model_size={folder}"] if method else [f"--model={best}"]
     main(parse_options(["--generate_only", *given, f"--held_out_sonnet_path={path}", "--max_new_tokens=8",
-                        f"--sonnet_out={tmp_path / 'out.txt'}", "--device=cpu"]))  # fmt: skip
+                        f"--sonnet_out={tmp_path / 'out.txt'}", "--device=cpu", "--dtype=float32"]))  # fmt: skip
     assert written(tmp_path / "out.txt") == texts
 
 
