@@ -7,8 +7,9 @@
 
 A run is kept in runs/experiments, under a hash of its script, of every option's value (defaults too) and of what is in
 its data files and base weights: an interrupted table goes on, a changed option, default or file runs anew, and tables
-share runs. Code is not hashed, as a comment would void hours: a table names the commits that its runs are of; after a
-change that matters, delete runs/experiments. A run that failed is in the table, and is tried again the next time.
+share runs. Code is not hashed, as a comment would void hours: a table names the commits that its runs are of (with a +,
+edited); after a change that matters, delete runs/experiments. A run that failed is in the table, and is tried again the
+next time.
 """
 
 import hashlib
@@ -147,7 +148,8 @@ def gather(experiment: Experiment, seeds: int, jobs: int, given: list[str]) -> d
         run = {"seed": seed, "folder": folder.relative_to(ROOT).as_posix(), "failed": failed.get(folder)}
         if not run["failed"]:
             config, summary = (json.loads((folder / f"{file}.json").read_bytes()) for file in ("config", "summary"))
-            run |= {"commit": (config["commit"] or "unknown")[:9], "dtype": config["dtype"]} | summary
+            commit = config["commit"] or "unknown"
+            run |= {"commit": commit[:9] + "+" * commit.endswith("+"), "dtype": config["dtype"]} | summary
         found[row].append(run)
     return found
 

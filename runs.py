@@ -208,18 +208,27 @@ class Run:
 
 def facts(device: torch.device, dtype: torch.dtype, files: list[Path]) -> dict:
     """What a result depends on besides the options: versions, commit, device, precision, the data's SHA-256."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False) \
-        if shutil.which("git") else None  # fmt: skip
     return {
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "commit": commit.stdout.strip() or None if commit else None,
+        "commit": commit(),
         "device_type": device.type,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "data_sha256": {str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files},
     }
+
+
+def commit() -> str | None:
+    """The commit of the code that runs, with a + where Python files differ from it; None where git knows of none."""
+    if not shutil.which("git"):
+        return None
+    known, edited = (
+        subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno", "--", "*.py"))
+    )
+    return known + "+" * bool(edited) or None
 
 
 def model_card(title: str, options: dict, figures: dict) -> str:

@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -146,3 +148,18 @@ def test_metrics_are_a_row_an_epoch(tmp_path):
     run = Run("s", "a", options(tmp_path / "run"), {})
     run.write_metrics([{"epoch": 1, "peak": None}, {"epoch": 2, "peak": 0.5}])
     assert (run.folder / "metrics.csv").read_bytes() == b"epoch,peak\n1,\n2,0.5\n"
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_edited_code_is_told_from_its_commit(root):
+    """A run of edited Python files is no run of the commit; tables that a run rewrites don't count as edits."""
+    for name in ("code.py", "table.md"):
+        (root / name).write_text("1")
+    for words in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm one"):
+        subprocess.run(["git", *words.split()], cwd=root, check=True)
+    clean = runs.commit()
+    assert len(clean) == 40
+    (root / "table.md").write_text("2")
+    assert runs.commit() == clean
+    (root / "code.py").write_text("2")
+    assert runs.commit() == clean + "+"
