@@ -1,340 +1,311 @@
-"""Files to records, records to token batches: readers that say what is wrong and where, and the sampler of batches."""
+"""Files to validated pandas frames, and frames to token batches."""
 
 import csv
 import io
 import re
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
-from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import processes
+import distributed
 from config import InputError
+from modules.loss import IGNORE_INDEX
 
-IGNORED = -100  # the label of a position that no loss is taken at
-POOL = 64  # batches of pairs that are sorted together: 2 % of what is read is padding then, at 8 it is 9 %
-GIVEN_LINES = 3  # a sonnet is to be continued from its first three
-
-
-@dataclass(frozen=True)
-class Sonnet:
-    """A sonnet's number in the sequence and its text, line breaks and the couplet's indent included."""
-
-    number: int
-    text: str
-
-    @property
-    def lines(self) -> list[str]:
-        return [line for line in self.text.split("\n") if line.strip()]
-
-    @property
-    def prompt(self) -> str:
-        """The lines that a continuation is given, the last one ended."""
-        return "\n".join(self.lines[:GIVEN_LINES]) + "\n"
-
-    @property
-    def continuation(self) -> str:
-        return "\n".join(self.lines[GIVEN_LINES:])
+GIVEN_LINES = 3  # the lines of a sonnet that a model continues
+PAIR_POOL = 64  # batches of pairs per length bucket: 2 % padding on Quora, 9 % with 8
+csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
+QUOTED_FIELD = r'"(?:[^"]|"")*"'
 
 
-def read_text(path: str | Path, way_out: str) -> str:
-    """A whole UTF-8 file, line ends as \\n; raises InputError, naming the file, for what can't be read."""
+def read_text(path, way_out):
+    """A UTF-8 file with line ends as \\n; raises InputError if it is not text or not there."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise InputError(f"{path} can't be read ({error.strerror}); {way_out}") from error
+        raise InputError(f"{path} cannot be read ({error.strerror}); {way_out}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8") from error
+        raise InputError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
     if "\0" in text:
-        raise InputError(f"{path} holds NUL bytes; it is not a text file, or UTF-16: save it as UTF-8")
+        raise InputError(f"{path} contains NUL bytes and is not text; save it as UTF-8")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_sonnets(path: str | Path) -> list[Sonnet]:
-    """Sonnets from a CSV with the columns id and text, or from text in which a number on its own line opens each.
+def read_table(path, delimiter, columns, way_out):
+    """All records of a table as strings, with the line that each record ends in as `line`.
 
-    Raises InputError, naming file and row, for anything else.
+    The file must be strict CSV, except that quotes are ambiguous in tab-separated files: if every
+    line has the same number of tabs, and a field with a quote is not quoted as in CSV, all quotes
+    are characters. Raises InputError, with the line, for anything else.
     """
-    text = read_text(path, "check the path, or leave the option out for the embedded sonnets")
-    parse = _parse_csv if Path(path).suffix.lower() == ".csv" else _parse_numbered
-    sonnets = [Sonnet(number, _clean(body)) for number, body in parse(text, path)]
-    if not sonnets:
-        raise InputError(f"{path} holds no sonnet; expected a number on a line of its own, then the sonnet's lines")
-    seen = set()
-    for sonnet in sonnets:
-        if not 1 <= len(sonnet.text) <= 2**17:  # more than 1,024 tokens spell, and slow to count in tokens
-            raise InputError(f"{path}: sonnet {sonnet.number} has {len(sonnet.text)} characters; complete or shorten")
-        if sonnet.number in seen:
-            raise InputError(f"{path}: sonnet {sonnet.number} occurs twice; remove one")
-        seen.add(sonnet.number)
-    return sonnets
-
-
-def _parse_csv(text: str, path: str | Path) -> list[tuple[int, str]]:
+    text = read_text(path, way_out)
+    fields = re.split(r"[\t\n]", text)
+    has_stray_quote = any('"' in f and not re.fullmatch(QUOTED_FIELD, f) for f in fields)
+    tab_counts = {line.count("\t") for line in text.split("\n") if line}
+    quotes_are_characters = delimiter == "\t" and len(tab_counts) == 1 and has_stray_quote
+    quoting = csv.QUOTE_NONE if quotes_are_characters else csv.QUOTE_MINIMAL
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter, quoting=quoting, strict=True)
+    records, lines = [], []
     try:
-        rows = list(csv.DictReader(io.StringIO(text), strict=True))
+        for record in filter(None, reader):
+            records.append(record)
+            lines.append(reader.line_num)
+            if len(record) != len(records[0]):
+                raise csv.Error(f"{len(record)} fields; the header has {len(records[0])}")
+            if delimiter == "\t" and "\t" in "".join(record):
+                raise csv.Error("a field contains a tab")
     except csv.Error as error:
-        raise InputError(f"{path} is not a CSV file that can be read ({error})") from error
-    for column in ("id", "text"):
-        if rows and column not in rows[0]:
-            raise InputError(f"{path} has no column {column}; its columns are {', '.join(map(str, rows[0]))}")
-    sonnets = []
-    for index, row in enumerate(rows, start=2):
-        if None in row:
-            raise InputError(f"{path}, row {index}: more fields than the header has; put quotes round the text")
-        if not re.fullmatch(r"\s*[0-9]{1,9}\s*", row["id"] or "") or row["text"] is None:
-            raise InputError(f"{path}, row {index}: id {row['id']!r} is not a sonnet's number, or the text is missing")
-        sonnets.append((int(row["id"]), row["text"]))
+        place = f"{path}, line {reader.line_num}"
+        raise InputError(f"{place}: {error}; is a quote missing, or not closed?") from error
+    header = records[0] if records else []
+    unusable = ", ".join(name for name in columns if header.count(name) != 1)
+    if unusable:
+        found = ", ".join(header)[:200]
+        raise InputError(f"{path} has no column {unusable}, or several; its columns are {found}")
+    table = pd.DataFrame(records[1:], columns=header, dtype=str)
+    return table.loc[:, ~table.columns.duplicated()].assign(line=lines[1:])
+
+
+def read_sonnets(path):
+    """Sonnets with `id` and `text`, from a CSV or from text in which a number precedes each.
+
+    Raises InputError, naming file and sonnet, for anything else.
+    """
+    way_out = "check the path, or leave the option out for the bundled sonnets"
+    if Path(path).suffix.lower() == ".csv":
+        sonnets = read_table(path, ",", ("id", "text"), way_out)
+    else:
+        number = r"^[ \t]*([0-9]+)[ \t]*$"
+        parts = re.split(number, read_text(path, way_out), flags=re.MULTILINE)
+        sonnets = pd.DataFrame({"id": parts[1::2], "text": parts[2::2]})  # parts[0] is a header
+    if sonnets.empty:
+        raise InputError(f"{path} contains no sonnet: expected a number on a line, then its lines")
+    texts = []
+    for number, text in zip(sonnets["id"], sonnets["text"], strict=True):
+        text = "\n".join(map(str.rstrip, text.split("\n"))).strip("\n")
+        if not re.fullmatch(r"\s*[0-9]{1,9}\s*", number):
+            raise InputError(f"{path}: id {number!r} is not the number of a sonnet")
+        if not 1 <= len(text) <= 2**17:
+            raise InputError(
+                f"{path}: sonnet {number} has {len(text)} characters; complete or shorten it"
+            )
+        texts.append(text)
+    sonnets = pd.DataFrame({"id": sonnets["id"].map(int), "text": texts})
+    check_unique(sonnets["id"], path)
     return sonnets
 
 
-def _parse_numbered(text: str, path: str | Path) -> list[tuple[int, str]]:
-    parts = re.split(r"^[ \t]*([0-9]{1,9})[ \t]*$", text, flags=re.MULTILINE)[1:]  # what precedes the first is a header
-    return [(int(number), body) for number, body in zip(parts[::2], parts[1::2], strict=True)]
+def check_unique(ids, path):
+    """Raise InputError for an id that occurs more than once."""
+    for name in ids[ids.duplicated()]:
+        raise InputError(f"{path}: the id {name} occurs more than once; rename one")
 
 
-def _clean(text: str) -> str:
-    """Without empty lines around and white space at line ends."""
-    return "\n".join(line.rstrip() for line in text.split("\n")).strip("\n")
+def verse_lines(text):
+    """The lines of a sonnet that are not empty."""
+    return [line for line in text.split("\n") if line.strip()]
+
+
+def sonnet_prompt(text):
+    """The first lines of a sonnet, which a model continues."""
+    return "\n".join(verse_lines(text)[:GIVEN_LINES]) + "\n"
+
+
+def continuation(text):
+    """The lines after those of the prompt."""
+    return "\n".join(verse_lines(text)[GIVEN_LINES:])
 
 
 class SonnetsDataset:
-    """Sonnets as token batches; each text is followed by the end-of-text token, so that a model learns to stop."""
+    """Sonnets as token batches; the end-of-text token after each text is a target too."""
 
-    def __init__(self, sonnets: list[Sonnet], gpt):
-        """Tokenize once with a GPT2Model's tokenizer; raises InputError for a sonnet longer than its positions."""
-        self.sonnets = sonnets
+    def __init__(self, sonnets, gpt):
+        """Tokenize the frame of read_sonnets; raises InputError for a text that is too long."""
+        end_of_text = require_end_of_text(gpt)
         self.sequences = []
-        for sonnet, encoding in zip(sonnets, gpt.tokenizer.encode_batch([s.text for s in sonnets]), strict=True):
-            if not 1 <= len(encoding.ids) <= gpt.config.positions:
-                raise InputError(f"sonnet {sonnet.number} has {len(encoding.ids)} tokens; the model reads 1 to at most "
-                                 f"{gpt.config.positions}: shorten or split it")  # fmt: skip
-            self.sequences.append(torch.tensor([*encoding.ids, gpt.end_of_text]))
-        self.first_token_characters = [len(gpt.tokenizer.decode(sequence[:1].tolist())) for sequence in self.sequences]
+        self.characters = []  # spelled by the targets; the end of the text counts as one
+        encoded = gpt.encode(sonnets["text"].tolist())
+        for number, text, ids in zip(sonnets["id"], sonnets["text"], encoded, strict=True):
+            limit = gpt.config.n_positions
+            if not 1 <= len(ids) <= limit:
+                raise InputError(f"sonnet {number} has {len(ids)} tokens; the model reads {limit}")
+            self.sequences.append(torch.tensor([*ids, end_of_text]))
+            self.characters.append(len(text) + 1 - len(gpt.decode(ids[:1])))
+        self.lengths = [len(sequence) for sequence in self.sequences]
 
-    @property
-    def lengths(self) -> list[int]:
-        return [len(sequence) for sequence in self.sequences]
+    def collate(self, indices):
+        """Right-padded input_ids, attention_mask and labels (B, T), and their characters.
 
-    def collate(self, rows: list[int]) -> dict[str, Tensor | int]:
-        """Right-padded `input_ids`, `attention_mask` and `labels` (B, T): a position's label is the token after it.
-
-        `characters` counts what the labels spell, end of text as one, so that losses compare across tokenizers.
+        labels[t] is the token after input_ids[t]; padding is IGNORE_INDEX.
         """
-        inputs = [self.sequences[row][:-1] for row in rows]
-        targets = [self.sequences[row][1:] for row in rows]
-        return {
-            **_padded(inputs),
-            "labels": torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED),
-            "characters": sum(len(self.sonnets[row].text) + 1 - self.first_token_characters[row] for row in rows),
-        }
+        batch = pad([self.sequences[index][:-1] for index in indices])
+        targets = [self.sequences[index][1:] for index in indices]
+        batch["labels"] = pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)
+        batch["characters"] = sum(self.characters[index] for index in indices)
+        return batch
 
     @staticmethod
-    def targets(batch: dict) -> int:
-        """How many labels a loss is taken at."""
-        return int((batch["labels"] != IGNORED).sum())
+    def num_targets(batch):
+        """The number of labels that are not ignored."""
+        return int((batch["labels"] != IGNORE_INDEX).sum())
 
-    def in_order(self, batch_size: int) -> list[dict]:
-        """All batches in file order, for evaluation."""
-        rows = range(len(self.sequences))
-        return [self.collate(list(rows[start : start + batch_size])) for start in rows[::batch_size]]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two texts, whether they mean the same (1, 0, or None where unknown), and the line of the file they end in."""
-
-    line: int
-    id: str
-    sentence1: str
-    sentence2: str
-    label: int | None
+    def batches_in_order(self, batch_size):
+        """All batches in the order of the file, for evaluation."""
+        batches = split(range(len(self.sequences)), batch_size)
+        return [self.collate(indices) for indices in batches]
 
 
-def read_pairs(path: str | Path, way_out: str, dropped: list[int]) -> Iterator[Pair]:
-    """The pairs of a tab-separated file with the columns id, sentence1, sentence2 and, if known, is_duplicate.
+def read_pairs(path, way_out="check the path"):
+    """Pairs with `id`, `sentence1`, `sentence2`, `label` and `line`, from a tab-separated file.
 
-    A row without a sentence, or with an empty label, is left out and its line added to `dropped`. Raises InputError,
-    naming file and line, for anything else that is not a pair.
+    `label` is 0.0, 1.0 or NaN; a file without the column is_duplicate has only NaN. Raises
+    InputError, naming file and line, for a file that is not such a table.
     """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.reader(chain(file, ["\t\n"]), delimiter="\t")  # ends up in a field whose quote is still open
-            header = next(rows, [])
-            lacking = [name for name in ("id", "sentence1", "sentence2") if name not in header]
-            if lacking:
-                found = repr("\t".join(header))[:200]
-                raise InputError(f"{path} lacks the column {', '.join(lacking)} in its tab-separated header, {found}")
-            for row in rows:
-                if row in ([], ["", ""]):  # an empty line, or the one added
-                    continue
-                pair = _as_pair(header, row, f"{path}, line {rows.line_num}", rows.line_num)
-                if pair:
-                    yield pair
-                else:
-                    dropped.append(rows.line_num)
-    except OSError as error:
-        raise InputError(f"{path} can't be read ({error.strerror}); {way_out}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 (after line {rows.line_num}: {error.reason}); save it so") from error
-    except csv.Error as error:
-        raise InputError(f"{path}, line {rows.line_num}: {error}; is a quote opened and not closed?") from error
+    table = read_table(path, "\t", ("id", "sentence1", "sentence2"), way_out)
+    pairs = table[["sentence1", "sentence2"]].map(undo_double_quoting)
+    pairs["line"] = table["line"]
+    pairs["id"] = table["id"].str.strip()
+    labels = table["is_duplicate"].str.strip() if "is_duplicate" in table else ""
+    pairs["label"] = labels
+    for column, pattern, advice in (
+        ("label", "|[01](?:[.]0)?", "write 0 or 1, or nothing to skip the pair"),
+        ("id", "[^,\n]+", "write an id without commas and line breaks"),
+    ):
+        bad = pairs[~pairs[column].str.fullmatch(pattern)]
+        for line, value in zip(bad["line"], bad[column], strict=True):
+            raise InputError(f"{path}, line {line}: the {column} is {value!r}; {advice}")
+    check_unique(pairs["id"], path)
+    pairs["label"] = pd.to_numeric(pairs["label"].replace("", None))
+    pairs.attrs["path"] = str(path)
+    return pairs
 
 
-def _as_pair(header: list[str], row: list[str], place: str, line: int) -> Pair | None:
-    if len(row) > len(header):
-        raise InputError(f"{place}: {len(row)} fields where the header has {len(header)}; put quotes round the text")
-    if any(("\n" in text and "\t" in text) or "\0" in text for text in row):
-        raise InputError(f"{place}: a field holds tabs and line breaks, or NUL bytes; is a quote not closed?")
-    fields = dict(zip(header, map(_unquoted, row), strict=False))
-    label = fields.get("is_duplicate", "")
-    unlabelled = "is_duplicate" in header and not label
-    if unlabelled or not fields.get("sentence1") or not fields.get("sentence2"):
-        return None
-    if label not in ("", "0", "1", "0.0", "1.0"):
-        raise InputError(f"{place}: is_duplicate is {label!r}; write 0 or 1, or leave it empty to drop the row")
-    name = fields.get("id", "")
-    if not name or set(name) & {",", "\n"}:
-        raise InputError(f"{place}: the id {name!r} is empty or not fit for a line of predictions; rename it")
-    return Pair(line, name, fields["sentence1"], fields["sentence2"], int(float(label)) if label else None)
-
-
-def _unquoted(text: str) -> str:
-    """The text without the quotes that the course's files have round texts with quotes, once more than CSV needs."""
-    text = text.strip()
+def undo_double_quoting(text):
+    """Undo CSV quoting that is still there after reading, as in the course's files."""
     inner = text[1:-1]
-    if len(text) > 1 and text[0] == text[-1] == '"' and '"' in inner and '"' not in inner.replace('""', ""):
-        return inner.replace('""', '"').strip()
-    return text
+    is_quoted = '""' in inner and re.fullmatch(QUOTED_FIELD, text)
+    return inner.replace('""', '"') if is_quoted else text
 
 
-def prompt(sentence1: str, sentence2: str) -> str:
-    """The one prompt that a pair is read in: in training, on dev and on test."""
-    return f'Question 1: "{sentence1}"\nQuestion 2: "{sentence2}"\nAre these questions asking the same thing?\n'
+def prompt(sentence1, sentence2):
+    """The prompt of joint encoding, the same in training and evaluation."""
+    return (
+        f'Question 1: "{sentence1}"\nQuestion 2: "{sentence2}"\n'
+        "Are these questions asking the same thing?\n"
+    )
 
 
 class PairsDataset:
-    """Pairs as token batches. Ids of tokens are kept in one compact array: 400,000 pairs take some 60 MB.
+    """Pairs as token batches; token ids are kept in compact arrays.
 
-    With `joint` encoding a pair is one text, its prompt; with `separate` it is two, each ended by end of text.
+    `joint` encoding makes one text per pair, its prompt; `separate` makes two, each with the
+    end-of-text token. Pairs without a text, or without a label where others have one, are left
+    out and `skipped_lines` lists them. Sentences that are too long lose their middle; the lines
+    of their pairs are in `truncated_lines`.
     """
 
-    def __init__(self, path: str | Path, gpt, pair_encoding: str = "joint", way_out: str = "check the path"):
-        """Tokenize with a GPT2Model's tokenizer; raises InputError as read_pairs does, and for an id that occurs twice.
+    def __init__(self, pairs, gpt, pair_encoding="joint"):
+        """Tokenize the frame of read_pairs; raises InputError if no pair is complete."""
+        self.gpt = gpt
+        self.separate = pair_encoding == "separate"
+        self.template = str if self.separate else prompt  # a separate text is the sentence itself
+        self.end = [require_end_of_text(gpt)] if self.separate else []
+        texts_per_pair = 2 if self.separate else 1
+        sentences = pairs[["sentence1", "sentence2"]]
+        complete = sentences.map(str.strip).ne("").all(axis=1)
+        has_labels = pairs["label"].notna()
+        if has_labels.any():
+            complete &= has_labels
+        if not complete.any():
+            path = pairs.attrs.get("path", "the file")
+            raise InputError(f"{path} has no pair with two texts and, if needed, a label")
+        self.all_ids = pairs["id"].tolist()  # predictions need those of skipped pairs, too
+        self.skipped_lines = pairs["line"][~complete].tolist()
+        pairs = pairs[complete]
+        self.ids = pairs["id"].tolist()
+        self.labels = torch.tensor(pairs["label"].to_numpy(int)) if has_labels.any() else None
+        dtype = np.uint16 if gpt.config.vocab_size <= 2**16 else np.int32
+        lines = pairs["line"].repeat(texts_per_pair)
+        texts = sentences[complete].to_numpy().reshape(len(lines), -1).tolist()
+        sequences, is_truncated = [], []
+        chunks = split(texts, 4096)
+        for chunk in tqdm(chunks, "tokenizing", delay=2, leave=False, disable=distributed.no_bar()):
+            for text, ids in zip(chunk, self.encode(chunk), strict=True):
+                is_truncated.append(len(ids) > gpt.config.n_positions)
+                sequences.append(np.array(self.truncate(text) if is_truncated[-1] else ids, dtype))
+        self.truncated_lines = lines[is_truncated].unique().tolist()
+        self.sequences = split(sequences, texts_per_pair)
+        self.lengths = [max(map(len, texts)) for texts in self.sequences]
 
-        A text longer than the model's positions loses the middle of its longer sentence; `shortened` has its line.
-        """
-        self.path, self.way_out, self.joint = path, way_out, pair_encoding == "joint"
-        self.tokenizer, self.positions, self.end_of_text = gpt.tokenizer, gpt.config.positions, gpt.end_of_text
-        self.ids: list[str] = []
-        self.dropped: list[int] = []  # lines of the file without a sentence or a label
-        self.shortened: list[int] = []
-        kind = np.uint16 if gpt.config.vocab_size <= 2**16 else np.int32
-        tokens, lengths, labels = [np.empty(0, kind)], [], []
-        about = {"desc": f"reading {Path(path).name}", "unit": "pair", "delay": 1, "disable": processes.no_bar()}
-        pairs = iter(tqdm(self.read(), leave=False, **about))
-        while chunk := list(islice(pairs, 4096)):
-            texts = list(self._encode(chunk))
-            tokens.append(np.fromiter(chain.from_iterable(texts), kind))
-            lengths.append(np.fromiter(map(len, texts), np.int64))
-            self.ids += [pair.id for pair in chunk]
-            labels += [pair.label for pair in chunk]
-        if not self.ids:
-            raise InputError(f"{path} holds no complete pair; {way_out}")
-        name, count = Counter(self.ids).most_common(1)[0]
-        if count > 1:
-            raise InputError(f"{path}: the id {name} occurs {count} times; give each pair an id of its own")
-        self.tokens, self.text_lengths = np.concatenate(tokens), np.concatenate(lengths)
-        self.ends = self.text_lengths.cumsum()
-        self.labels = None if None in labels else torch.tensor(labels)
+    def encode(self, texts):
+        """Token ids of texts, each a list of one sentence or of both."""
+        encoded = self.gpt.encode([self.template(*sentences) for sentences in texts])
+        return [ids + self.end for ids in encoded]
 
-    def read(self) -> Iterator[Pair]:
-        """The file's pairs, in order; `dropped` is filled anew on the way."""
-        self.dropped.clear()
-        return read_pairs(self.path, self.way_out, self.dropped)
-
-    def _encode(self, pairs: list[Pair]) -> Iterator[list[int]]:
-        """The tokens of every text of these pairs, a text or two a pair."""
-        if self.joint:
-            texts = [prompt(pair.sentence1, pair.sentence2) for pair in pairs]
-        else:
-            texts = list(chain.from_iterable((pair.sentence1, pair.sentence2) for pair in pairs))
-        for index, encoding in enumerate(self.tokenizer.encode_batch_fast(texts)):
-            ids = encoding.ids if self.joint else [*encoding.ids, self.end_of_text]
-            excess = len(ids) - self.positions
-            if excess > 0:
-                pair = pairs[index if self.joint else index // 2]
-                if pair.line not in self.shortened[-1:]:
-                    self.shortened.append(pair.line)
-                ids = self._shortened(pair) if self.joint else _without_middle(ids, excess)
-            yield ids
-
-    def _shortened(self, pair: Pair) -> list[int]:
-        """The prompt's tokens, as many as fit: the middle of the longer sentence is left out, more until they do."""
-        tokenizer = self.tokenizer
-        sentences = [tokenizer.encode(sentence).ids for sentence in (pair.sentence1, pair.sentence2)]
+    def truncate(self, sentences):
+        """Remove characters from the middle of the longest sentence until the tokens fit."""
         while True:
-            # a token cut in two may be half a character
-            ids = tokenizer.encode(prompt(*(tokenizer.decode(s).replace("\ufffd", "") for s in sentences))).ids
-            excess = len(ids) - self.positions
+            ids = self.encode([sentences])[0]
+            excess = len(ids) - self.gpt.config.n_positions
             if excess <= 0:
                 return ids
-            if not any(sentences):
-                raise InputError(f"the prompt alone has {len(ids)} tokens; this model has {self.positions} positions")
-            shorter, longer = sorted(sentences, key=len)  # first what the longer one has more, then from both
-            count = min(excess, len(longer), max(len(longer) - len(shorter), (excess + 1) // 2))
-            sentences[sentences.index(longer)] = _without_middle(longer, count)
+            longest = max(sentences, key=len)
+            if not longest:
+                raise InputError(f"the prompt alone has {excess} tokens more than the model reads")
+            removed = min(excess, len(longest)) // 4 + 1  # a character may be four tokens
+            start = (len(longest) - removed) // 2
+            shorter = longest[:start] + longest[start + removed :]
+            sentences[sentences.index(longest)] = shorter
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.ids)
 
-    def texts(self, row: int) -> list[Tensor]:
-        """The token ids of a pair: its prompt's, or those of each sentence."""
-        numbers = [row] if self.joint else [2 * row, 2 * row + 1]
-        spans = [(self.ends[number] - self.text_lengths[number], self.ends[number]) for number in numbers]
-        return [torch.from_numpy(self.tokens[start:end].astype(np.int64)) for start, end in spans]
+    def texts(self, index):
+        """The token ids of a pair: of its prompt, or of its two sentences."""
+        return self.sequences[index]
 
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of every pair's longest text, which decide how much a batch pads."""
-        return self.text_lengths.reshape(len(self), -1).max(1).tolist()
-
-    def collate(self, rows: list[int]) -> dict[str, Tensor]:
-        """Right-padded `input_ids` and `attention_mask`, (B, T) joint or (B, 2, T) separate; `labels` (B,) if known."""
-        batch = _padded([text for row in rows for text in self.texts(row)])
-        if not self.joint:
+    def collate(self, indices):
+        """Right-padded input_ids and attention_mask, (B, T) or (B, 2, T), and labels (B,)."""
+        texts = [text for index in indices for text in self.texts(index)]
+        batch = pad([torch.from_numpy(text.astype(int)) for text in texts])
+        if self.separate:
             batch = {name: value.unflatten(0, (-1, 2)) for name, value in batch.items()}
-        return batch if self.labels is None else {**batch, "labels": self.labels[rows]}
+        return batch if self.labels is None else {**batch, "labels": self.labels[indices]}
 
 
-def _padded(texts: list[Tensor]) -> dict[str, Tensor]:
-    """Right-padded `input_ids` and `attention_mask`."""
-    ids, masks = (torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-                  for rows in (texts, [torch.ones_like(text) for text in texts]))  # fmt: skip
-    return {"input_ids": ids, "attention_mask": masks}
+def require_end_of_text(gpt):
+    """The model's end-of-text token; raises InputError if it has none."""
+    if gpt.end_of_text is None:
+        raise InputError(f"{gpt.folder} has no end-of-text token: set eos_token_id in config.json")
+    return gpt.end_of_text
 
 
-def _without_middle(ids: list[int], count: int) -> list[int]:
-    """The ids without `count` in the middle."""
-    start = (len(ids) - count) // 2
-    return ids[:start] + ids[start + count :]
+def pad(texts):
+    """Right-padded input_ids and attention_mask."""
+    masks = [torch.ones_like(ids) for ids in texts]
+    return {
+        "input_ids": pad_sequence(texts, batch_first=True),
+        "attention_mask": pad_sequence(masks, batch_first=True),
+    }
 
 
-def bucketed_batches(lengths: list[int], batch_size: int, seed: int, epoch: int, pool: int = 8) -> list[list[int]]:
-    """Shuffled batches of rows of like length, so that little is padded; a function of seed and epoch alone.
+def bucketed_batches(lengths, batch_size, seed, epoch, pool=8):
+    """Shuffled batches of indices with similar lengths, a function of seed and epoch.
 
-    Rows are shuffled, sorted by length within pools of `pool` batches, cut into batches, and the batches shuffled.
+    Indices are shuffled, sorted by length within pools of `pool` batches, and cut into batches,
+    whose order is shuffled too.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order = torch.randperm(len(lengths), generator=generator).tolist()
     batches = []
-    for start in range(0, len(order), pool * batch_size):
-        group = sorted(order[start : start + pool * batch_size], key=lengths.__getitem__)
-        batches += [group[first : first + batch_size] for first in range(0, len(group), batch_size)]
-    return [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
+    for bucket in split(order, pool * batch_size):
+        batches += split(sorted(bucket, key=lengths.__getitem__), batch_size)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+
+
+def split(items, size):
+    """Consecutive slices of `size` items; the last may be shorter."""
+    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -1,12 +1,9 @@
-"""What a run leaves on disk, each file whole or not at all: its folder, options, metrics, best model, resume state."""
+"""The folder of a run: what a run leaves on disk, and which run can be resumed."""
 
-import contextlib
-import csv
-import errno
+import ast
 import glob
 import hashlib
 import importlib.metadata
-import io
 import itertools
 import json
 import os
@@ -16,277 +13,261 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pandas as pd
 import torch
-from safetensors import SafetensorError
+from filelock import FileLock, Timeout
 
+import distributed
 from config import ROOT, InputError
+from files import atomic_write, read_json, restore_folder, write_json, write_text
+from lora import base_sha256
+from models.hugging_face import portable_name
 
-PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "huggingface_hub", "sacrebleu", "pronouncing")
-# options that do not change what is computed
-NOT_COMPARED = {
-    "resume", "out_dir", "use_gpu", "checkpoint_every", "gradient_checkpointing", "sonnet_out", "para_dev_out",
-    "para_test_out",
-}  # fmt: skip
-
-
-@contextlib.contextmanager
-def replacing_file(path: Path):
-    """Yield a file to write; a kill at any instant leaves the old content under `path`, or all of the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    with _named(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:  # half a file would keep a full disk full
-            temporary.unlink(missing_ok=True)
-            raise
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-
-
-@contextlib.contextmanager
-def _named(path: Path):
-    """Raise what a full or failed disk raises as an OSError that names `path`; torch and safetensors hide it."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if not isinstance(cause, OSError | SafetensorError):
-            raise
-        raise OSError(errno.EIO, str(cause), str(path)) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename outlast a power cut, where a folder can be opened and synced: not on Windows, nor on any mount."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    with replacing_file(path) as file:
-        file.write(content)
-
-
-def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """A line a row, with every name that any of them has; what a row lacks is empty."""
-    writer = csv.DictWriter(buffer := io.StringIO(), dict.fromkeys(name for row in rows for name in row), "", "raise",
-                            lineterminator="\n")  # fmt: skip
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, buffer.getvalue())
-
-
-def write_json(path: Path, value: dict) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def include_tables(document: Path) -> None:
-    """Put FILE's Nth paragraph between the document's marks <!-- FILE N --> and <!-- end -->, where there is one."""
-
-    def paragraph(marks: re.Match) -> str:
-        source = ROOT / marks[2]
-        parts = source.read_text(encoding="utf-8").strip().split("\n\n") if source.is_file() else []
-        chosen = parts[int(marks[3]) - 1 : int(marks[3])]
-        return "\n".join([marks[1], *chosen, "<!-- end -->"]) if chosen else marks[0]
-
-    text = document.read_text(encoding="utf-8")
-    fresh = re.sub(r"(<!-- (\S+) (\d+) -->)\n.*?<!-- end -->", paragraph, text, flags=re.DOTALL)
-    if fresh != text:
-        write_text(document, fresh)
-
-
-@contextlib.contextmanager
-def replacing_folder(folder: Path):
-    """Yield an empty folder to fill; it takes the place of `folder` when the block ends without an error."""
-    fresh, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    with _named(folder):
-        fresh.mkdir(parents=True)
-        yield fresh
-        for path in fresh.iterdir():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-        _sync_folder(fresh)
-        if folder.exists():
-            os.replace(folder, old)  # a folder can't be replaced in one step: --resume undoes a half
-        os.replace(fresh, folder)
-        _sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+PACKAGES = ("torch", "transformers", "numpy", "pandas", "safetensors", "sacrebleu", "pronouncing")
+# A run can be resumed if these are the same, and all options except IGNORED_OPTIONS.
+COMPARED = ("data_sha256", "model_sha256", "processes", "device_type", "dtype")
+OUTPUT_OPTIONS = {"out_dir", "sonnet_out", "para_dev_out", "para_test_out", "resume", "use_gpu"}
+IGNORED_OPTIONS = OUTPUT_OPTIONS | {"checkpoint_every", "gradient_checkpointing"}
+RUN_FILES = ("config.json", "resume", "best", "summary.json", "metrics.csv")
+DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef
+NOT_COMPUTING = {"experiments.py", "plots.py", "cli.py", "runs.py", "files.py"}
+locks = []  # this process holds them until it ends
 
 
 class Run:
-    """A run's folder, `runs/<task>/<name>` unless named; with `--resume` the newest unfinished one of equal options."""
+    """A run's folder: runs/<task>/<name>, or --out_dir; --resume continues an unfinished one."""
 
-    def __init__(self, task: str, name: str, options: dict, facts: dict):
-        """Open the folder and write config.json. Raises InputError for a named folder that holds another run."""
-        self.options = options
-        named = Path(options["out_dir"]) if options["out_dir"] else None
+    def __init__(self, task, name, options, environment):
+        """Open and lock the folder and write config.json.
+
+        Raises InputError for a folder that holds another run or that another process is writing.
+        """
+        self.config = json.loads(json.dumps({"options": options, **environment}))
         parent = ROOT / "runs" / task
-        self.resumed = False
-        if options["resume"]:
-            found = [named] if named else parent.glob(f"{glob.escape(name)}*")
-            unfinished = [path for path in found if self._unfinished(path, facts)]
-            if unfinished:
-                self.folder, self.resumed = max(unfinished, key=lambda path: (path.stat().st_mtime, path.name)), True
-                old = self.best.with_name("best.old")
-                if old.exists() and not self.best.exists():  # killed between the renames of replacing_folder
-                    os.replace(old, self.best)
-                return
-        self.folder = named or parent / name
-        ours = ("config.json", "resume", "best", "summary.json", "metrics.csv")
-        if named and any((named / part).exists() for part in ours):
-            raise InputError(f"{named} already holds a run; name another --out_dir. (--resume goes on with an "
-                             "unfinished run of the same options, data and precision.)")  # fmt: skip
-        for counter in itertools.count(2):
-            try:
-                self.folder.mkdir(parents=True, exist_ok=named is not None)
-                break
-            except (FileExistsError, NotADirectoryError) as error:
-                if named or isinstance(error, NotADirectoryError):
-                    raise InputError(f"--out_dir {self.folder} is a file, or below one; name a folder") from None
-                self.folder = parent / f"{name}-{counter}"
-        write_json(self.folder / "config.json", {"options": self.options, **facts})
-
-    def _unfinished(self, folder: Path, facts: dict) -> bool:
-        """Whether the folder's run has no summary yet, and the same options, data and precision."""
-        wanted = json.loads(json.dumps({"options": self.options, **facts}))
+        named = options["out_dir"] and Path(options["out_dir"])
+        candidates = [named] if named else parent.glob(f"{glob.escape(name)}*")
+        unfinished = list(filter(self.can_resume, candidates)) if options["resume"] else []
+        if unfinished:
+            self.folder = max(unfinished, key=os.path.getmtime)
+            lock(self.folder)
+            restore_folder(self.best)
+            return
+        if named and any((named / part).exists() for part in RUN_FILES):
+            raise InputError(
+                f"{named} already holds a run; name another --out_dir (--resume only continues an "
+                "unfinished run with the same options, data, model, precision and processes)"
+            )
+        self.folder = named or new_folder(parent, name)
         try:
-            known = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            for name in NOT_COMPARED:
-                known["options"].pop(name, None), wanted["options"].pop(name, None)
-            same = all(known.get(key) == wanted.get(key) for key in ("options", "data_sha256", "device_type", "dtype"))
-        except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            way_out = "is a file or inside of one; name a folder"
+            raise InputError(f"--out_dir {named} {way_out}") from None
+        lock(self.folder)
+        write_json(self.folder / "config.json", self.config)
+
+    def can_resume(self, folder):
+        """Whether `folder` has an unfinished run with the same options, data and model."""
+        try:
+            same = compared(read_json(folder / "config.json")) == compared(self.config)
+        except Exception:  # a missing or broken config.json
             return False
         return same and not (folder / "summary.json").exists()
 
     @property
-    def best(self) -> Path:
+    def best(self):
         return self.folder / "best"
 
     @property
-    def state_path(self) -> Path:
+    def state_path(self):
         return self.folder / "resume" / "state.pt"
 
-    def save_state(self, state: dict) -> None:
-        (self.folder / "config.json").stat()  # fails where the folder has vanished: it must not be made anew in silence
-        with replacing_file(self.state_path) as file:
+    def save_state(self, state):
+        (self.folder / "config.json").stat()  # fails if the folder was deleted meanwhile
+        with atomic_write(self.state_path) as file:
             torch.save(state, file)
 
-    def load_state(self) -> dict | None:
-        """The state that save_state wrote, or None; raises InputError for a file that is not one."""
+    def load_state(self):
+        """The saved state, or None; raises InputError if it cannot be read."""
         if not self.state_path.is_file():
             return None
         try:
             return torch.load(self.state_path, weights_only=True, map_location="cpu")
         except Exception as error:  # unpickling a broken file raises almost anything
-            reason = type(error).__name__
-            raise InputError(f"{self.state_path} can't be read ({reason}); delete it to start over") from error
-
-    def finish(self, title: str, figures: dict) -> None:
-        """Write the best model's card and, last, summary.json: a run that has one is complete."""
-        if self.best.exists():
-            write_text(self.best / "README.md", model_card(title, self.options, figures))
-        write_json(self.folder / "summary.json", figures)
-
-    def write_metrics(self, rows: list[dict]) -> None:
-        """metrics.csv, a row an epoch."""
-        if rows:
-            write_csv(self.folder / "metrics.csv", rows)
+            problem = f"cannot be read ({type(error).__name__}); delete it to start over"
+            raise InputError(f"{self.state_path} {problem}") from error
 
 
-def facts(device: torch.device, dtype: torch.dtype, files: list[Path]) -> dict:
-    """What a result depends on besides the options: versions, commit, device, precision, the data's SHA-256."""
+def new_folder(parent, name):
+    """parent/name or, if it exists, the first of name-2, name-3, ... that does not."""
+    folder, numbers = parent / name, itertools.count(2)
+    while folder.exists():
+        folder = parent / f"{name}-{next(numbers)}"
+    return folder
+
+
+def compared(config):
+    """The part of a config.json that must agree to resume a run."""
+    options = {k: v for k, v in config["options"].items() if k not in IGNORED_OPTIONS}
+    return options, [config.get(name) for name in COMPARED]
+
+
+def lock(folder):
+    """Lock a run until this process ends; raises InputError if another process has the lock."""
+    run_lock = FileLock(folder.resolve() / ".lock", is_singleton=True)  # can be locked twice
+    try:
+        locks.append(run_lock.acquire(timeout=0))
+    except Timeout:
+        raise InputError(f"{folder} is being written by another process; wait for it") from None
+
+
+def start_run(task, variant, data, paths, model, options, dtype):
+    """Open the run's folder in the main process and print what will be trained."""
+    device = next(model.parameters()).device
+    name = [Path(options.model_size).name, *variant, options.method, f"seed{options.seed}"]
+    settings = environment(device, dtype, paths) | {"model_sha256": base_sha256(model)}
+    run = distributed.from_main_process(lambda: Run(task, "-".join(name), vars(options), settings))
+    method = "full fine-tuning"
+    if options.use_lora:
+        method = f"LoRA rank {options.lora_rank} on {', '.join(options.lora_targets)}"
+    run.title = ", ".join([options.model_size, *variant, method])
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    run.counts = {"trainable_parameters": trainable, "total_parameters": total}
+    print(
+        f"{task}, {data}: {run.title}\n"
+        f"{trainable:,} of {total:,} parameters are trained with learning rate {options.lr:g}\n"
+        f"precision {settings['dtype']} on {settings['device']}"
+    )
+    if options.resume:
+        verb = "continues" if run.state_path.exists() else "found no saved state and starts"
+        print(f"--resume {verb} {run.folder}")
+    return run
+
+
+def finish_run(run, task, options, progress, metrics, outputs, base_loss=None):
+    """Write predictions, plots, the model card and, last, summary.json: the run is complete.
+
+    `outputs` maps names in predictions/ to the path of a copy and the text.
+    """
+    for name, (path, text) in outputs.items():
+        write_text(Path(path), text)
+        write_text(run.folder / "predictions" / name, text)
+    summary = {"task": task, "model": options.model_size, "method": options.method}
+    summary |= {"seed": options.seed} | run.counts | summarize(progress) | metrics
+    if progress.epochs:
+        from plots import draw_curves  # matplotlib is slow to import
+
+        draw_curves(run.folder, run.title, base_loss)
+        write_text(run.best / "README.md", model_card(run, summary))
+    write_json(run.folder / "summary.json", summary)
+    paths = ", ".join(path for path, _ in outputs.values())
+    print(f"\n{metrics_table(metrics)}\n\npredictions: {paths}")
+    print(f"metrics, plots and best model: {run.folder}")
+
+
+def metrics_table(metrics):
+    """One row per metric and one column per split, base model and baseline, for the screen."""
+    table = {}
+    for name, value in metrics.items():
+        if match := re.fullmatch("(.*(?:dev|test))_(.*)", name):
+            shown = f"{value:.3f}" if isinstance(value, float) else str(value)
+            table.setdefault(match[1].replace("_", " "), {})[match[2]] = shown
+    return pd.DataFrame(table).to_string(na_rep="")
+
+
+def summarize(progress):
+    """The training part of summary.json; times are of training without evaluation."""
+    epochs = progress.epochs
+    if not epochs:
+        return {"epochs": 0, "best_epoch": 0, "peak_memory_gb": None}
+    seconds = sum(record["seconds"] for record in epochs)
     return {
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "commit": commit(),
-        "device_type": device.type,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "data_sha256": {str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files},
+        "epochs": len(epochs),
+        "best_epoch": progress.best_epoch,
+        "peak_memory_gb": max(record["peak_memory_gb"] or 0 for record in epochs) or None,
+        "first_train_loss": epochs[0]["train_loss"],
+        "final_train_loss": epochs[-1]["train_loss"],
+        "best_dev_loss": epochs[progress.best_epoch - 1]["dev_loss"],
+        "train_seconds": round(seconds, 3),
+        "seconds_per_epoch": round(seconds / len(epochs), 3),
+        "tokens_per_second": round(sum(step["tokens"] for step in progress.steps) / seconds, 1),
+        "skipped_steps": sum(record["skipped_steps"] for record in epochs),
     }
 
 
-def commit() -> str | None:
-    """The commit of the code that runs, with a + where Python files differ from it; None where git knows of none."""
+def model_card(run, summary):
+    """The README.md of a best model: code that loads it, its options and its metrics."""
+    options = run.config["options"]
+    library, module, loader = "transformers", "transformers", "AutoModelForCausalLM"
+    if options["use_lora"]:
+        library, module, loader = "peft", "peft", "AutoPeftModelForCausalLM"
+    arguments = f'"{portable_name(run.best, run.best)}"'
+    if summary["task"] == "paraphrases":
+        module, loader = "models.paraphrase_gpt", "ParaphraseGPT"
+        arguments += f', "{options["model_size"]}"'
+    code = f"from {module} import {loader}\n\nmodel = {loader}.from_pretrained({arguments})"
+    names = ("epochs", "lr", "batch_size", "grad_accumulation", "schedule", "seed")
+    settings = ", ".join(f"{name} {options[name]}" for name in names)
+    metrics = pd.Series(summary, dtype=object, name="value").rename_axis("metric")
+    table = metrics.filter(regex="^(trainable|best_epoch|base|dev|test)").to_markdown()
+    return (
+        f"---\nlibrary_name: {library}\n---\n\n# {run.title}\n\n"
+        f"The epoch with the best dev metric. Options: {settings}.\n\n"
+        f"```python\n{code}\n```\n\n{table}\n"
+    )
+
+
+def environment(device, dtype, paths):
+    """What a result depends on besides the options."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "python": platform.python_version(),
+        "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "commit": commit(),
+        "code_sha256": code_sha256(),
+        "device_type": device.type,
+        "device": gpu or platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "processes": distributed.world_size(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "data_sha256": {path: file_sha256(path) for path in paths},
+    }
+
+
+def file_sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def commit():
+    """The commit, with a + if tracked files were edited; None without git."""
     if not shutil.which("git"):
         return None
-    known, edited = (
-        subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-        for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno", "--", "*.py"))
-    )
-    return known + "+" * bool(edited) or None
+    command = ["git", "describe", "--always", "--match=", "--abbrev=40", "--dirty=+"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
 
 
-def model_card(title: str, options: dict, figures: dict) -> str:
-    """The README.md of weights that travel, as model hubs show it: what they are, how to load them, their figures."""
-    size, adapter = options["model_size"], options["use_lora"]
-    load = f'GPT2LMHeadModel.from_pretrained("{size if adapter else "this folder"}")'
-    settings = ("epochs", "lr", "batch_size", "grad_accumulation", "schedule", "seed")
-    shown = [
-        f"| {name.replace('_', ' ')} | {value:{'.4f' if isinstance(value, float) else ','}} |"
-        for name, value in figures.items()
-        if name.startswith(("trainable", "best_epoch", "base", "dev", "test"))
-    ]
-    lines = [
-        "---", f"library_name: {'peft' if adapter else 'transformers'}",
-        *[f"base_model: {size}"] * (adapter and size.startswith("gpt2")), "---", "", f"# {title}", "",
-        f"The best epoch, by dev figures, of {', '.join(f'{name} {options[name]}' for name in settings)}.", "",
-        "```python", f'PeftModel.from_pretrained({load}, "this folder")' if adapter else load, "```", "",
-        "| figure | of this run |", "|---|---|", *shown,
-    ]  # fmt: skip
-    return "\n".join(lines) + "\n"
+def code_sha256():
+    """SHA-256 of the code that decides a result, without comments, docstrings and layout."""
+    digest = hashlib.sha256()
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("mod*/*.py")]):
+        if path.name in NOT_COMPUTING:
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, DOCUMENTED) and ast.get_docstring(node):
+                del node.body[0]
+        digest.update(f"{path.relative_to(ROOT)}\n{ast.dump(tree)}\n".encode())
+    return digest.hexdigest()
 
 
-def peak_memory_gb(device: torch.device) -> float | None:
-    """Largest memory so far in GB: the allocator's on CUDA, else this process's; None where the system won't say."""
+def peak_memory_gb(device):
+    """Peak memory in GB: allocated on CUDA, else of this process; None if it is unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:
-        import resource  # POSIX only
+        import resource  # not on Windows
     except ImportError:
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e9 if platform.system() == "Darwin" else peak * 1024 / 1e9
-
-
-def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
-    """How many parameters train, and how many there are; a tied one counts once."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return {
-        "trainable_parameters": sum(n for n, trains in sizes if trains),
-        "total_parameters": sum(n for n, _ in sizes),
-    }
-
-
-def summary(task: str, options, counts: dict[str, int], progress) -> dict:
-    """The part of summary.json that every task shares, from a run's Progress; times are of training alone."""
-    rows = progress.rows
-    about = {"task": task, "model": options.model_size, "method": options.method, "seed": options.seed, **counts}
-    peaks = [row["peak_memory_gb"] for row in rows if row["peak_memory_gb"] is not None]
-    shared = {**about, "epochs": len(rows), "best_epoch": progress.best_epoch,
-              "peak_memory_gb": max(peaks, default=None)}  # fmt: skip
-    if rows:
-        seconds = sum(row["seconds"] for row in rows)
-        shared |= {
-            "first_train_loss": rows[0]["train_loss"],
-            "final_train_loss": rows[-1]["train_loss"],
-            "best_dev_loss": rows[progress.best_epoch - 1]["dev_loss"],
-            "train_seconds": round(seconds, 3),
-            "seconds_per_epoch": round(seconds / len(rows), 3),
-            "tokens_per_second": round(sum(row["tokens_per_second"] * row["seconds"] for row in rows) / seconds, 1),
-        }
-    return shared
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in kilobytes, on macOS in bytes
+    return round(peak / 1e9 * (1 if platform.system() == "Darwin" else 1024), 3)

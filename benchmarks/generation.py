@@ -1,88 +1,100 @@
-"""Seconds for 12 continuations of 128 tokens as one batch: ours against transformers, each with its cache.
+"""Seconds for 12 continuations of 128 tokens as one batch, compared with transformers.
 
     python benchmarks/generation.py [MODEL] [--dtypes float32 bfloat16] [--rounds 5]
 
-The first three lines of the 12 dev sonnets, temperature 1.2, top-p 0.9, all weights in the precision. The limit is to
-read every weight once a token, at the rate at which the same process reads a large array.
+The first three lines of the 12 dev sonnets, temperature 1.2, top-p 0.9, a key-value cache, and all
+weights in the precision. The limit is to read every weight once per token, at the rate at which the
+same process reads a large array.
 """
 
-from harness import (
-    ROOT,
-    device_and_dtype,
-    folder_of,
-    parser,
-    ratio_table,
-    run,
-    seconds,
-    table,
-    write_tables,
-)
+import torch
+from harness import model_folder, parser, report, run, seconds
 
-OURS, PEER = "ours", "transformers"
+from config import ROOT
+from datasets import read_sonnets, sonnet_prompt
+from lora import cast_frozen_weights
+from models.gpt2 import GPT2Model
+from models.sonnet_gpt import SonnetGPT
+from runs import peak_memory_gb
+from training import autocast
+
+OURS, BASELINE = "ours", "transformers"
 TOKENS = 128
 
 
-def measure(case: str, dtype_name: str) -> dict[str, float]:
-    """One process's figures; the first, short continuation is left out."""
-    import torch
-
-    from datasets import read_sonnets
-    from runs import peak_memory_gb
-
-    device, dtype = device_and_dtype(dtype_name)
+def measure(options, case, device, dtype):
+    """The metrics of one process; a first, short continuation is not timed."""
     torch.manual_seed(0)
-    prompts = [sonnet.prompt for sonnet in read_sonnets(ROOT / "data" / "Shakespeare_Sonnets_dev.csv")]
-    write, read_bytes = (ours if case == OURS else peer)(prompts, device, dtype)
-    write(2)
-    took = seconds(lambda: write(TOKENS), device)
+    sonnets = read_sonnets(ROOT / "data" / "Shakespeare_Sonnets_dev.csv")
+    prompts = [sonnet_prompt(text) for text in sonnets["text"]]
+    make = ours if case == OURS else baseline
+    model, generate = make(model_folder(options.model), prompts, device, dtype)
+    generate(2)
+    total = seconds(lambda: generate(TOKENS), device)
+    memory = peak_memory_gb(device)  # before the large array
     large = torch.zeros(2**27, device=device)
-    rate = large.nbytes / min(seconds(large.sum, device) for _ in range(10))
-    limit = TOKENS * read_bytes / rate
-    return {"total_s": took, "limit_s": limit, "share_of_limit": limit / took, "read_gb_s": rate / 1e9,
-            "peak_gb": peak_memory_gb(device)}  # fmt: skip
+    bytes_per_second = large.nbytes / min(seconds(large.sum, device) for _ in range(10))
+    model_bytes = sum(p.numel() for p in model.parameters()) * torch.finfo(dtype).bits // 8
+    limit = TOKENS * model_bytes / bytes_per_second
+    return {
+        "total_s": total,
+        "limit_s": limit,
+        "share_of_limit": limit / total,
+        "read_gb_s": bytes_per_second / 1e9,
+        "peak_gb": memory,
+    }
 
 
-def ours(prompts: list[str], device, dtype):
-    import torch
+def ours(folder, prompts, device, dtype):
+    """The model, and a function that writes the given number of tokens."""
+    model = SonnetGPT(GPT2Model.from_pretrained(folder).requires_grad_(False)).to(device)
+    cast_frozen_weights(model, dtype)
+    model.gpt.end_of_text = None  # no text ends early
 
-    from lora import hold_frozen
-    from models.gpt2 import GPT2Model
-    from models.sonnet_gpt import SonnetGPT
-    from training import precision
+    def generate(count):
+        with autocast(device, dtype):
+            model.generate(
+                prompts, temperature=1.2, top_p=0.9, max_new_tokens=count, max_lines=None
+            )
 
-    model = SonnetGPT(GPT2Model.from_pretrained(folder_of(options.model)).requires_grad_(False)).to(device)
-    hold_frozen(model, dtype)
-
-    def write(count: int) -> None:
-        with precision(device, dtype):
-            model.generate(prompts, temperature=1.2, max_new_tokens=count, max_lines=None)
-
-    return write, sum(p.numel() for p in model.parameters()) * torch.finfo(dtype).bits // 8
+    return model, generate
 
 
-def peer(prompts: list[str], device, dtype):
-    import torch
-    from transformers import AutoTokenizer, GPT2LMHeadModel
+def baseline(folder, prompts, device, dtype):
+    """The same with transformers."""
+    from transformers import AutoTokenizer, GPT2LMHeadModel  # slow to import
 
-    folder = folder_of(options.model)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     tokenizer.pad_token = "<|endoftext|>"
     model = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).to(device).eval()
     batch = tokenizer(prompts, return_tensors="pt", padding=True).to(device)
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
 
     @torch.inference_mode()
-    def write(count: int) -> None:
-        model.generate(**inputs, do_sample=True, temperature=1.2, top_p=0.9, top_k=0, max_new_tokens=count,
-                       min_new_tokens=count, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+    def generate(count):
+        model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            do_sample=True,
+            temperature=1.2,
+            top_p=0.9,
+            top_k=0,
+            max_new_tokens=count,
+            min_new_tokens=count,
+            pad_token_id=tokenizer.pad_token_id,
+        )
 
-    return write, sum(p.numel() for p in model.parameters()) * torch.finfo(dtype).bits // 8
+    return model, generate
 
 
 if __name__ == "__main__":
     options = parser(__doc__).parse_args()
-    found = run(options, measure, [PEER, OURS], "generation")
-    columns = {"total_s": "seconds", "limit_s": "limit", "share_of_limit": "share of the limit",
-               "read_gb_s": "memory read, GB/s", "peak_gb": "peak memory, GB"}  # fmt: skip
-    ratios = [("12 continuations of 128 tokens, ours / transformers", OURS, [PEER], "total_s")]
-    write_tables("generation", table(found, columns), ratio_table(found, options, ratios))
+    results = run(options, measure, [BASELINE, OURS], "generation")
+    columns = {
+        "total_s": "seconds",
+        "limit_s": "limit",
+        "share_of_limit": "share of the limit",
+        "read_gb_s": "memory read, GB/s",
+        "peak_gb": "peak memory, GB",
+    }
+    heading = f"12 continuations of {TOKENS} tokens, ours / transformers"
+    report(options, results, "generation", columns, [(heading, OURS, [BASELINE], "total_s")])

@@ -1,66 +1,67 @@
-"""What every benchmark shares: a process for each measurement, cases alternating, medians and spread in a CSV.
+"""What the benchmarks share: one process per measurement, alternating cases, medians and tables.
 
-Without a model's folder, one is made: GPT-2 in full size with random weights, on which neither speed nor memory
-depends, and the embedded base's tokenizer. A comparison is a ratio within a round; its median and range are shown.
+If no model folder is given, one is made: a GPT-2 of full size with random weights, on which neither
+speed nor memory depends, and the tokenizer of the bundled model. Comparisons are ratios within a
+round, and tables show their median and range. Afterwards, `python benchmarks/documents.py` copies
+the tables to README.md and RESULTS.md.
 """
 
 import argparse
-import csv
+import dataclasses
 import json
-import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from config import BUNDLED_MODEL, PRESETS, ROOT
+from files import write_csv, write_text
+from models.gpt2 import GPT2Model
+from runs import peak_memory_gb
+from training import autocast
+
+FOLDER = ROOT / "benchmarks"
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
+def parser(description):
     """The options of every benchmark."""
-    options = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("model", nargs="?", default="gpt2", help="a model's folder, or the size of a random one")
-    options.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--steps", type=int, default=3, help="timed steps a process; one before them is left out")
-    options.add_argument("--one", nargs=2, metavar=("CASE", "DTYPE"), help=argparse.SUPPRESS)
+    options = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = options.add_argument
+    add("model", nargs="?", default="gpt2", help="a model's folder, or the size of a random one")
+    add("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    add("--rounds", type=int, default=5)
+    add("--steps", type=int, default=3, help="timed steps per process, after an untimed one")
+    add("--out_dir", type=Path, default=FOLDER / "results", help="folder of the results")
+    add("--one", nargs=2, metavar=("CASE", "DTYPE"), help="print one measurement as JSON")
     return options
 
 
-def folder_of(model: str) -> Path:
-    """The folder of that name, or one with random weights of that size, made once."""
-    from config import PRESETS
-    from models.gpt2 import GPT2Model
-
+def model_folder(model):
+    """The folder of this name, or one with random weights of this size, which is made once."""
     if Path(model).is_dir():
         return Path(model)
-    folder = HERE / "cache" / model
+    folder = FOLDER / "cache" / model
     if not (folder / "tokenizer.json").is_file():
-        import torch
+        from data.pretrain import init_weights  # its imports would add to the measured memory
 
         torch.manual_seed(0)
-        gpt = GPT2Model(PRESETS[model])
-        gpt.initialise()
+        gpt = GPT2Model(dataclasses.replace(PRESETS[model], eos_token_id=0))
+        init_weights(gpt)
+        gpt.folder = BUNDLED_MODEL
+        gpt.copied_files = ["tokenizer.json"]
         gpt.save_pretrained(folder)
-        shutil.copy(ROOT / "data" / "tiny-gpt2" / "tokenizer.json", folder)
     return folder
 
 
-def device_and_dtype(dtype: str) -> tuple:
-    """CUDA where there is one."""
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu"), getattr(torch, dtype)
-
-
-def seconds(work: Callable[[], object], device) -> float:
-    """How long `work` takes; on CUDA by events, which the GPU itself stamps."""
-    import torch
-
+def seconds(work, device):
+    """The duration of work(); on CUDA it is measured by events on the GPU."""
     if device.type == "cpu":
         start = time.perf_counter()
         work()
@@ -73,29 +74,23 @@ def seconds(work: Callable[[], object], device) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def product_rate(device, dtype) -> float:
-    """TFLOP/s of this machine's matrix products, (1024, 768) by (768, 3072): what a step can reach at most."""
-    import torch
-
-    left, right = (torch.randn(shape, device=device, dtype=dtype) for shape in ((1024, 768), (768, 3072)))
+def matmul_tflops(device, dtype):
+    """The rate of (1024, 768) by (768, 3072) matrix multiplications: the upper limit for a step."""
+    left = torch.randn(1024, 768, device=device, dtype=dtype)
+    right = torch.randn(768, 3072, device=device, dtype=dtype)
     count = 1 if device.type == "cpu" else 50
-    best = min(seconds(lambda: [left @ right for _ in range(count)], device) for _ in range(20)) / count
-    return 2 * 1024 * 768 * 3072 / best / 1e12
+    repeated = (seconds(lambda: [left @ right for _ in range(count)], device) for _ in range(20))
+    return 2 * 1024 * 768 * 3072 / (min(repeated) / count) / 1e12
 
 
-def timed_steps(loss_of: Callable[[dict], object], parameters: list, batches: list[dict], device, dtype,
-                fused: bool | None = True) -> dict:  # fmt: skip
-    """Mean seconds a step with AdamW over these batches, after a first step that is left out, and the peak in GB."""
-    import torch
-
-    from runs import peak_memory_gb
-
+def timed_steps(loss_of, parameters, batches, device, dtype, fused=True):
+    """Mean seconds per step with AdamW after an untimed first step, and the peak memory in GB."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=fused or None)
 
-    def step(batch: dict) -> None:
+    def step(batch):
         batch = {name: value.to(device) for name, value in batch.items() if torch.is_tensor(value)}
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(device, dtype):
             loss = loss_of(batch)
         loss.backward()
         optimizer.step()
@@ -105,77 +100,91 @@ def timed_steps(loss_of: Callable[[dict], object], parameters: list, batches: li
     return {"step_s": total / len(batches), "peak_gb": peak_memory_gb(device)}
 
 
-def run(options: argparse.Namespace, measure: Callable[[str, str], dict], cases: list[str], name: str) -> dict:
-    """Measure every case and precision `rounds` times, each in a process of its own, cases alternating.
+def run(options, measure, cases, name):
+    """Measure every case and precision `rounds` times; returns (dtype, case) -> list of metrics.
 
-    Writes to results/NAME.csv a row a case: each figure's median, and the spread of the first. Returns the figures of
-    every round, a list for each (dtype, case).
+    `measure(options, case, device, dtype)` runs in a process of its own, and cases alternate. It
+    returns nothing for a case that does not exist in a precision. Writes NAME.csv with the median
+    of each metric and the range of the first.
     """
     if options.one:
-        print(json.dumps(measure(*options.one)))
+        case, dtype = options.one
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        print(json.dumps(measure(options, case, device, getattr(torch, dtype))))
         sys.exit()
-    folder_of(options.model)  # made before anything is timed
-    found, rows = {}, []
+    model_folder(options.model)  # is made before anything is measured
+    results = {}
     for dtype in options.dtypes:
-        for number in range(options.rounds):
+        for number in range(1, options.rounds + 1):
             for case in cases:
-                done = subprocess.run([sys.executable, *sys.argv, "--one", case, dtype], capture_output=True, text=True)
-                if done.returncode:
-                    sys.exit(f"{case}, {dtype}: {done.stderr}")
-                figures = json.loads(done.stdout.splitlines()[-1])
-                if figures:  # a case may have no form in a precision
-                    found.setdefault((dtype, case), []).append(figures)
-                    first = next(iter(figures))
-                    print(f"round {number + 1}, {dtype}, {case}: {first} {figures[first]:.3f}", flush=True)
-    for (dtype, case), figures in found.items():
-        first = [run[next(iter(run))] for run in figures]
-        medians = {key: round(statistics.median(run[key] for run in figures), 4) for key in figures[0]}
-        spread = {"least": round(min(first), 4), "most": round(max(first), 4)}
-        rows.append({"model": Path(options.model).name, "dtype": dtype, "case": case, "rounds": len(figures),
-                     **medians, **spread})  # fmt: skip
-    path = HERE / "results" / f"{name}.csv"
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return found
+                metrics = measure_once(sys.argv, case, dtype)
+                if metrics:
+                    results.setdefault((dtype, case), []).append(metrics)
+                    first, value = next(iter(metrics.items()))
+                    print(f"round {number}, {dtype}, {case}: {first} {value:.3f}", flush=True)
+    records = []
+    for (dtype, case), rounds in results.items():
+        record = {"model": Path(options.model).name, "dtype": dtype, "case": case}
+        record |= {"rounds": len(rounds)} | {key: median(rounds, key) for key in rounds[0]}
+        first = [next(iter(metrics.values())) for metrics in rounds]
+        records.append(record | {"min": min(first), "max": max(first)})
+    records = [
+        {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+        for row in records
+    ]
+    write_csv(options.out_dir / f"{name}.csv", records)
+    return results
 
 
-def ratio_table(found: dict, options: argparse.Namespace, rows: list[tuple[str, str, list[str], str]]) -> list[str]:
-    """Markdown: of each (heading, case, other cases, figure) the ratio, a column a precision."""
+def measure_once(command, case, dtype, folder=None):
+    """The metrics that a benchmark prints for one case; exits if it fails."""
+    command = [sys.executable, *command, "--one", case, dtype]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{case}, {dtype}: {done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def median(rounds, metric):
+    return statistics.median(metrics[metric] for metrics in rounds)
+
+
+def median_and_range(ratios):
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def report(options, results, name, columns, comparisons):
+    """Print NAME.md and write it: medians per case, and ratios per comparison.
+
+    `columns` maps metrics to headings. A comparison is (heading, case, other cases, metric): the
+    case's metric divided by the least of the other cases'.
+    """
+    medians = [
+        [case, dtype, *(f"{median(rounds, metric):.2f}" for metric in columns)]
+        for (dtype, case), rounds in results.items()
+    ]
+    ratios = [
+        [heading, *(ratio(results, dtype, *comparison) for dtype in options.dtypes)]
+        for heading, *comparison in comparisons
+    ]
     title = f"{Path(options.model).name}, median of {options.rounds} rounds (range)"
-    lines = [f"| {title} | {' | '.join(options.dtypes)} |", "|---" * (1 + len(options.dtypes)) + "|"]
-    for heading, case, others, figure in rows:
-        cells = [ratio(found, dtype, case, others, figure) for dtype in options.dtypes]
-        lines.append(f"| {heading} | {' | '.join(cells)} |")
-    return lines
+    first = markdown(["", "precision", *columns.values()], medians)
+    text = f"{first}\n{markdown([title, *options.dtypes], ratios)}"
+    print(f"\n{text}")
+    write_text(options.out_dir / f"{name}.md", text)
 
 
-def ratio(found: dict, dtype: str, case: str, others: list[str], figure: str) -> str:
-    """One case's figure over the best (least) of others', the median over rounds and its range, for a table."""
-    there = [found[dtype, other] for other in others if (dtype, other) in found]
-    if (dtype, case) not in found or not there:
+def ratio(results, dtype, case, others, metric):
+    """The ratio of a comparison, or nothing if the cases do not exist in this precision."""
+    others = [results[dtype, other] for other in others if (dtype, other) in results]
+    if (dtype, case) not in results or not others:
         return ""
-    best = min(there, key=lambda runs: statistics.median(run[figure] for run in runs))
-    values = [ours[figure] / theirs[figure] for ours, theirs in zip(found[dtype, case], best, strict=True)]
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    best = min(others, key=lambda rounds: median(rounds, metric))
+    pairs = zip(results[dtype, case], best, strict=True)
+    return median_and_range([ours[metric] / theirs[metric] for ours, theirs in pairs])
 
 
-def table(found: dict, columns: dict[str, str]) -> list[str]:
-    """Markdown rows, a case and precision each, with the medians of these figures under these headings."""
-    lines = [f"| | precision | {' | '.join(columns.values())} |", "|---" * (len(columns) + 2) + "|"]
-    for (dtype, case), figures in found.items():
-        cells = [f"{statistics.median(run[name] for run in figures):.2f}" for name in columns]
-        lines.append(f"| {case} | {dtype} | {' | '.join(cells)} |")
-    return lines
-
-
-def write_tables(name: str, cases: list[str], ratios: list[str]) -> None:
-    """Both into results/NAME.md, and from there into RESULTS.md; and on the screen."""
-    from runs import include_tables
-
-    text = "\n".join([*cases, "", *ratios]) + "\n"
-    print(text)
-    (HERE / "results" / f"{name}.md").write_text(text, encoding="utf-8", newline="\n")
-    include_tables(ROOT / "RESULTS.md")
+def markdown(header, records):
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *records]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

@@ -1,9 +1,9 @@
-"""Whether a long run keeps memory or files: 5,000 steps of a one-layer model, its state saved every 50.
+"""Does a long run leak memory or files? 5,000 steps of a one-layer model, saved every 50 steps.
 
 python benchmarks/leak.py      # minutes; reads /proc, so on Linux only
 
-Prints the process's memory and open files as the run goes on, and the growth from the 250th step, when all buffers
-have been made, to the last.
+Prints the memory and the open files of the process, and their growth from the 250th step, when all
+buffers have been allocated, to the last.
 """
 
 import argparse
@@ -20,53 +20,60 @@ from config import GPT2Config, TrainConfig
 from models.gpt2 import GPT2Model
 from models.sonnet_gpt import SonnetGPT
 from runs import Run
-from training import Task, train
+from training import Task, Trainer
+
+EPOCHS = 20
 
 
-def memory_mb() -> float:
+def memory_mb():
     """Resident memory of this process."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def open_files() -> int:
+def open_files():
     return len(os.listdir("/proc/self/fd")) - 1  # listing them opens one
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--every", type=int, default=50, help="save the resume state every this many steps")
+    text = "save the resume state every this many steps"
+    parser.add_argument("--every", type=int, default=50, help=text)
     options = parser.parse_args()
     torch.manual_seed(0)
-    gpt = GPT2Model(GPT2Config(layers=1, width=64, heads=2, vocab_size=512, positions=64))
-    gpt.initialise()
+    gpt = GPT2Model(GPT2Config(n_layer=1, n_embd=64, n_head=2, vocab_size=512, n_positions=64))
     ids = torch.randint(0, 512, (4, 33))
     batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "attention_mask": torch.ones(4, 32)}
-    seen = []
+    records = []  # memory and open files before each step
 
-    def collate(rows: list) -> dict:
-        seen.append((memory_mb(), open_files()))
-        if len(seen) % 250 == 0:
-            print(f"step {len(seen):>5}: {seen[-1][0]:.1f} MB, {seen[-1][1]} open files", flush=True)
+    def collate(indices):
+        records.append((memory_mb(), open_files()))
+        if len(records) % 250 == 0:
+            memory, files = records[-1]
+            print(f"step {len(records):>5}: {memory:.1f} MB, {files} open files", flush=True)
         return batch
 
-    steps = options.steps // 20
     task = Task(
-        batches=lambda epoch: [[0]] * steps,
+        batches=lambda epoch: [[0]] * (options.steps // EPOCHS),
         collate=collate,
         loss=lambda model, batch: model.loss(batch["input_ids"], batch["labels"]),
-        items=lambda batch: batch["labels"].numel(),
+        num_targets=lambda batch: batch["labels"].numel(),
         evaluate=lambda model: {"dev_loss": model.loss(batch["input_ids"], batch["labels"]).item()},
-        save=lambda model, folder: model.gpt.save_pretrained(folder),
+        save=SonnetGPT.save_pretrained,
     )
-    config = TrainConfig(epochs=20, lr=1e-3, checkpoint_every=options.every)
+    config = TrainConfig(epochs=EPOCHS, lr=1e-3, checkpoint_every=options.every)
     with tempfile.TemporaryDirectory() as folder:
         run = Run("sonnets", "leak", {"out_dir": f"{folder}/run", "resume": False}, {})
-        train(SonnetGPT(gpt), task, config, run, torch.device("cpu"), torch.float32)
-    first, last = seen[min(249, len(seen) - 1)], (memory_mb(), open_files())
-    print(f"memory {first[0]:.1f} -> {last[0]:.1f} MB ({100 * (last[0] / first[0] - 1):+.2f} %), "
-          f"open files {first[1]} -> {last[1]}, {len(seen)} steps")  # fmt: skip
+        Trainer(SonnetGPT(gpt), task, config, run, torch.device("cpu"), torch.float32).train()
+    memory, files = records[min(249, len(records) - 1)]
+    growth = memory_mb() / memory - 1
+    print(
+        f"memory {memory:.1f} -> {memory_mb():.1f} MB ({growth:+.2%}), "
+        f"open files {files} -> {open_files()}, {len(records)} steps"
+    )
 
 
 if __name__ == "__main__":

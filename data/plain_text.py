@@ -1,4 +1,4 @@
-"""One convention for all text: ASCII quotes, dashes as "--", no trailing spaces, at most one blank line."""
+"""One format for all text: ASCII quotes, "--" for dashes, no trailing spaces, one blank line."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -23,7 +23,7 @@ _CHARACTERS = str.maketrans(
 
 
 def plain(text: str) -> str:
-    """The text as the sonnets are printed: line structure and indents kept, italics' underscores dropped."""
+    """The text in the format of the sonnets: lines and indents are kept, underscores removed."""
     text = text.translate(_CHARACTERS)
     text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
@@ -35,18 +35,21 @@ def one_line(text: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words without punctuation, to compare texts whatever their edition's commas."""
+    """Lower-case words without punctuation, so that editions with other commas are comparable."""
     return re.findall(r"[a-z0-9]+", text.lower().replace("'", ""))
 
 
 def grams(text: str, size: int) -> set[tuple[str, ...]]:
-    """The text's runs of `size` words."""
+    """The word n-grams of a text, with n = `size`."""
     run = words(text)
     return {tuple(run[i : i + size]) for i in range(len(run) - size + 1)}
 
 
 def pack(pieces: Iterable[str], separator: str, limit: int) -> Iterator[str]:
-    """Join consecutive pieces into documents of at most `limit` characters (a longer piece stays whole)."""
+    """Join successive pieces into documents of at most `limit` characters.
+
+    A longer piece is not split.
+    """
     document: list[str] = []
     length = 0
     for piece in pieces:
@@ -60,5 +63,5 @@ def pack(pieces: Iterable[str], separator: str, limit: int) -> Iterator[str]:
 
 
 def sentences(text: str) -> list[str]:
-    """Split where a sentence's end is followed by a capital: good enough to cut prose between sentences."""
+    """Split prose where the end of a sentence is followed by a capital letter."""
     return re.split(r"(?<=[.?!])\s+(?=[A-Z\"'])", text)

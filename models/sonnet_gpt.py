@@ -1,162 +1,170 @@
-"""GPT-2 as a language model of sonnets: the loss to train it by, and sampling to write with it."""
+"""GPT-2 as a language model: loss and sampling."""
+
+import re
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from config import InputError, check
-from lora import keep_rows, mixed_adapters
-from models.gpt2 import GPT2Model
+from adapters import mixed_adapters, select_rows
+from config import InputError, SamplingConfig
 from modules.attention import KVCache
 from modules.loss import cross_entropy
 
-TRIES = 8  # draws a token: with a nucleus of 0.9, one token in ten million needs its last
+TOP_TOKENS = 1024  # tokens that are sorted for sampling, unless their probability is too small
 
 
 class SonnetGPT(nn.Module):
     """A GPT2Model with its tied output embedding."""
 
-    def __init__(self, gpt: GPT2Model):
+    def __init__(self, gpt):
         super().__init__()
         self.gpt = gpt
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) of the token after each."""
-        return self.gpt.hidden_state_to_token(self.gpt(input_ids, attention_mask)["last_hidden_state"])
+    def forward(self, input_ids, attention_mask=None):
+        """Logits (B, T, V) of the token after each position."""
+        hidden = self.gpt(input_ids, attention_mask)["last_hidden_state"]
+        return self.gpt.hidden_state_to_token(hidden)
 
-    def loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy, in nats, of the labels (B, T) that are not -100; label t is the token after input t."""
-        hidden = self.gpt(input_ids)["last_hidden_state"]  # right padding needs no mask: causality hides it
+    def loss(self, input_ids, labels):
+        """Mean cross-entropy in nats per token over labels (B, T) that are not -100.
+
+        Label t is the token after input t. Right padding needs no mask because of causality.
+        """
+        hidden = self.gpt(input_ids)["last_hidden_state"]
         return cross_entropy(hidden, self.gpt.token_embedding.weight, labels)
 
-    def encode(self, prompts: list[str]) -> list[list[int]]:
-        """The prompts' tokens; raises InputError for an empty prompt, and for one that fills all positions."""
-        ids = [self.gpt.tokenizer.encode(prompt).ids for prompt in prompts]
+    def save_pretrained(self, folder):
+        """Write the GPT-2's Hugging Face folder."""
+        self.gpt.save_pretrained(folder)
+
+    def encode(self, prompts):
+        """Token ids of the prompts; raises InputError if one is empty or leaves no position."""
+        ids = self.gpt.encode(prompts)
+        longest = max(map(len, ids), default=0)
+        limit = self.gpt.config.n_positions
         if not all(ids):
-            raise InputError("a prompt is empty: give at least one character to continue")
-        if (width := max(map(len, ids))) >= (most := self.gpt.config.positions):
-            raise InputError(f"a prompt has {width} tokens; the model has {most} positions: shorten it")
+            raise InputError("a prompt is empty: give at least one character")
+        if longest >= limit:
+            raise InputError(f"a prompt has {longest} tokens; the model has {limit}: shorten it")
         return ids
 
     @torch.inference_mode()
-    def generate(self, prompts: list[str], temperature: float = 0.9, top_p: float = 0.9, top_k: int = 0,
-                 max_new_tokens: int = 200, max_lines: int | None = 14, seed: int = 0,
-                 adapters: list | None = None) -> list[str]:  # fmt: skip
-        """Continue all prompts as one batch; returns each prompt, unchanged, with its continuation.
+    def generate(self, prompts, max_lines=14, seed=0, adapters=None, **sampling):
+        """Continue all prompts as one batch; returns each prompt with its continuation.
 
-        A row ends at end-of-text, once it has `max_lines` lines (None: any number), after `max_new_tokens`, or where
-        the model's positions end, counted from the longest prompt. The seed fixes the draws. `adapters` names a LoRA
-        adapter's folder for each prompt (None: the base alone). Raises InputError for settings out of range, an empty
-        prompt, one that fills all positions, and an adapter that does not fit.
+        A text ends at the end-of-text token, with its `max_lines`th line (None: no limit), after
+        `max_new_tokens`, or where positions end. `sampling` is as in SamplingConfig. `adapters`
+        names a LoRA adapter's folder or None for each prompt. Raises InputError for settings,
+        prompts or adapters that cannot be used.
         """
-        if adapters is not None:
-            if len(adapters) != len(prompts):
-                raise InputError(f"{len(adapters)} adapters for {len(prompts)} prompts: name one, or None, for each")
-            with mixed_adapters(self, adapters):
-                return self.generate(prompts, temperature, top_p, top_k, max_new_tokens, max_lines, seed)
-        check_sampling(temperature, top_p, top_k, max_new_tokens)
+        sampling = SamplingConfig(**sampling)
         if not prompts:
             return []
-        gpt, tokenizer = self.gpt.eval(), self.gpt.tokenizer
-        ids = self.encode(prompts)
-        width = max(map(len, ids))
-        length = min(width + max_new_tokens, gpt.config.positions)
-        device, dtype = gpt.token_embedding.weight.device, gpt.token_embedding.weight.dtype
-        # padded on the left, so that all rows end at the same place
-        tokens = torch.tensor([[0] * (width - len(row)) + row for row in ids], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
-        cache = KVCache(gpt.config, len(ids), length, dtype, device)
+        if adapters is not None and len(adapters) != len(prompts):
+            raise InputError(f"{len(adapters)} adapters for {len(prompts)} prompts")
+        with mixed_adapters(self, adapters):
+            new_tokens = self.sample_tokens(prompts, sampling, max_lines, seed)
+        texts = []
+        for prompt, tokens in zip(prompts, new_tokens, strict=True):
+            text = first_lines(prompt + self.gpt.decode(tokens), max_lines)
+            texts.append(max(prompt, text, key=len))  # a prompt may have more lines
+        return texts
+
+    def sample_tokens(self, prompts, sampling, max_lines, seed):
+        """The new tokens of each prompt, without the end-of-text token; see `generate`."""
+        gpt = self.gpt.eval()
+        device = gpt.token_embedding.weight.device
+        # Padded on the left, so that all sequences end at the same position.
+        ids = [torch.tensor(row, device=device) for row in self.encode(prompts)]
+        tokens = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left")
+        mask = tokens >= 0
+        tokens = tokens.clamp(min=0)
+        width = tokens.shape[1]
+        steps = min(sampling.max_new_tokens, gpt.config.n_positions - width)
+        cache = KVCache(gpt.config, len(prompts), width + steps)
         generator = torch.Generator().manual_seed(seed)
-        new = [[] for _ in ids]
-        alive = list(range(len(ids)))
-        for _ in tqdm(range(length - width), "writing", unit="token", delay=2, leave=False, disable=None):
-            logits = gpt.hidden_state_to_token(gpt(tokens, mask, cache)["last_token"]).float()  # (rows alive, V)
-            # a draw for every row, ended or not: the end of one moves no other
-            draws = torch.rand(len(ids), TRIES, generator=generator)[alive]
-            chosen = sample(logits, draws.to(device), temperature, top_p, top_k).tolist()
-            going = []
-            for index, (row, token) in enumerate(zip(alive, chosen, strict=True)):
-                if token == gpt.end_of_text:
-                    continue
-                new[row].append(token)
-                ended_line = max_lines is not None and "\n" in tokenizer.decode([token])
-                if not ended_line or _full_lines(prompts[row] + tokenizer.decode(new[row])) < max_lines:
-                    going.append(index)
+        new_tokens = [[] for _ in prompts]
+        active = torch.arange(len(prompts))  # the prompts that are still being continued
+        for _ in tqdm(range(steps), "writing", unit="token", delay=2, leave=False, disable=None):
+            logits = self.next_logits(gpt(tokens, mask, cache)["last_token"], sampling)
+            # One number for every prompt, so that the end of one does not change the others.
+            uniform = torch.rand(len(prompts), generator=generator)[active].to(device)
+            tokens = sample(logits, uniform, sampling)
+            going = []  # positions in `active`
+            chosen = zip(active.tolist(), tokens.tolist(), strict=True)
+            for index, (prompt, token) in enumerate(chosen):
+                if token != gpt.end_of_text:
+                    new_tokens[prompt].append(token)
+                    if not self.has_lines(prompts[prompt], new_tokens[prompt], max_lines):
+                        going.append(index)
             if not going:
                 break
-            if len(going) < len(alive):
-                alive, rows = [alive[index] for index in going], torch.tensor(going, device=device)
-                mask = mask[rows]
-                cache.keep(rows)
-                keep_rows(gpt, rows)
-            tokens = torch.tensor([[chosen[index]] for index in going], device=device)
-            mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
-        texts = [prompt + tokenizer.decode(row) for prompt, row in zip(prompts, new, strict=True)]
-        if max_lines is None:
-            return texts
-        pairs = zip(prompts, texts, strict=True)
-        return [max(prompt, _first_lines(text, max_lines), key=len) for prompt, text in pairs]
+            if len(going) < len(active):
+                active, tokens, mask = active[going], tokens[going], mask[going]
+                cache.select_rows(going)
+                select_rows(gpt, going)
+            tokens = tokens[:, None]
+            mask = F.pad(mask, (0, 1), value=True)
+        return new_tokens
+
+    def next_logits(self, hidden, sampling):
+        """Logits (B, V) in float32; greedy text also multiplies in float32.
+
+        bfloat16 logits around -110 are multiples of 0.5, so that the argmax is often a tie.
+        """
+        if sampling.temperature > 0:
+            return self.gpt.hidden_state_to_token(hidden).float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.gpt.token_embedding.weight.float())
+
+    def has_lines(self, prompt, tokens, max_lines):
+        """Whether the last token ended the `max_lines`th line; empty lines do not count."""
+        if "\n" not in self.gpt.decode(tokens[-1:]):
+            return False
+        text = prompt + self.gpt.decode(tokens)
+        return first_lines(text, max_lines) != text
 
 
-def check_sampling(temperature: float, top_p: float, top_k: int, max_new_tokens: int) -> None:
-    """Raise InputError, naming the option, for a setting that no distribution can be drawn with."""
-    check("temperature", temperature, 0)
-    check("top_k", top_k, 0, kind=int)
-    check("max_new_tokens", max_new_tokens, 1, kind=int)
-    if not 0 < top_p <= 1:
-        raise InputError(f"top_p must be above 0 and at most 1, not {top_p}")
+def sample(logits, uniform, sampling):
+    """Next tokens (B,) for logits (B, V) and uniform random numbers (B,) in [0, 1).
 
-
-def sample(logits: Tensor, draws: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
-    """Next tokens (B,) for logits (B, V) and uniform draws (B, tries): greedy at temperature 0.
-
-    Of the `top_k` likeliest tokens (0: all), those are kept whose mass first reaches `top_p` (nucleus sampling,
-    Holtzman et al. 2020). A token is drawn from all, and taken if it is one of those kept: nothing is sorted then. Rows
-    that all but their last draw refused are sorted, and the last goes through their likeliest tokens first.
+    Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751) from the `top_k` most probable tokens
+    (0: all): of these, the fewest whose probability reaches `top_p` are kept. Temperature 0 is
+    greedy. The whole vocabulary is sorted only for rows whose most probable tokens do not suffice.
     """
     if not logits.isfinite().all():
-        raise FloatingPointError("the model's logits are not finite: its weights can't be used; train or copy it again")
-    if temperature == 0:
+        raise FloatingPointError("the logits are not finite; train or download the model again")
+    if sampling.temperature == 0:
         return logits.argmax(-1)
-    # at most 0: no temperature overflows, and one that float32 takes for 0 is none
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
-    probabilities = logits.softmax(-1)
-    tokens = torch.full_like(draws[:, 0], -1, dtype=torch.long)
-    if not top_k:
-        mass = probabilities.cumsum(-1)
-        places = torch.arange(logits.shape[-1], device=logits.device)
-        for draw in draws.T[:-1]:
-            token = torch.searchsorted(mass, draw[:, None] * mass[:, -1:], right=True).clamp_max(len(places) - 1)
-            own = probabilities.gather(1, token)
-            likelier = (probabilities > own) | ((probabilities == own) & (places < token))
-            kept = ((probabilities * likelier).sum(-1) < top_p) & (own[:, 0] > 0)
-            tokens = torch.where((tokens < 0) & kept, token[:, 0], tokens)
-            if (tokens >= 0).all():
-                return tokens
-    refused = tokens < 0
-    tokens[refused] = _of_sorted(probabilities[refused], draws[refused, -1], top_p, top_k)
-    return tokens
+    logits = logits - logits.amax(-1, keepdim=True)  # at most 0, so no temperature overflows
+    probabilities = (logits / max(sampling.temperature, 1e-30)).softmax(-1)
+    kept, tokens = probabilities.topk(min(sampling.top_k or TOP_TOKENS, logits.shape[-1]))
+    if sampling.top_k:
+        return choose(kept / kept.sum(-1, keepdim=True), tokens, uniform, sampling.top_p)
+    chosen = choose(kept, tokens, uniform, sampling.top_p)
+    short = kept.sum(-1) < sampling.top_p
+    if short.any():
+        ordered = probabilities[short].sort(descending=True)
+        chosen[short] = choose(*ordered, uniform[short], sampling.top_p)
+    return chosen
 
 
-def _of_sorted(probabilities: Tensor, draws: Tensor, top_p: float, top_k: int) -> Tensor:
-    """Tokens (B,) by inverse CDF over the kept ones, the likeliest first."""
-    probabilities, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
-    if top_k:
-        probabilities = probabilities[:, :top_k] / probabilities[:, :top_k].sum(-1, keepdim=True)
-    before = probabilities.cumsum(-1) - probabilities  # the mass of likelier tokens: 0 for the first, always kept
-    nucleus = before < max(top_p, 1e-30)
-    mass = (probabilities * nucleus).cumsum(-1)
-    choice = (mass <= draws[:, None] * mass[:, -1:]).sum(-1, keepdim=True)
-    return tokens.gather(1, choice.minimum(nucleus.sum(-1, keepdim=True) - 1)).squeeze(1)
+def choose(probabilities, tokens, uniform, top_p):
+    """Invert the CDF of the nucleus, for probabilities and tokens (B, n) in descending order."""
+    preceding = probabilities.cumsum(-1) - probabilities  # 0 for the first, which is always kept
+    nucleus = preceding < top_p
+    cdf = (probabilities * nucleus).cumsum(-1)
+    index = (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1, keepdim=True)
+    index = index.minimum(nucleus.sum(-1, keepdim=True) - 1)
+    return tokens.gather(1, index).squeeze(1)
 
 
-def _full_lines(text: str) -> int:
-    """Lines that are not empty and have ended."""
-    return sum(bool(line.strip()) for line in text.split("\n")[:-1])
-
-
-def _first_lines(text: str, count: int) -> str:
-    """The text, without what follows its `count`th line that is not empty."""
-    lines = text.split("\n")
-    filled = [index for index, line in enumerate(lines) if line.strip()]
-    return "\n".join(lines[: filled[count - 1] + 1]) if len(filled) >= count else text
+def first_lines(text, count):
+    """The text up to the end of its `count`th line that is not empty; None: the whole text."""
+    ends = [line.end() for line in re.finditer(r"\S.*", text)]
+    if count is None or len(ends) < count:
+        return text
+    return text[: ends[count - 1]]

@@ -1,80 +1,90 @@
-"""Causal self-attention (Vaswani et al. 2017; Radford et al. 2019) and the cache that makes decoding cheap.
+"""Causal self-attention (Vaswani et al. 2017) and the key-value cache that makes decoding cheap.
 
-Dimensions everywhere in this project: B batch, T tokens, C width, H heads, D head width, V vocabulary, R rank.
+Dimensions in this project: B batch, T tokens, C width, H heads, D head width, V vocabulary, R rank.
 """
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from config import GPT2Config
 from modules.dropout import dropout
 
 
 class KVCache:
-    """Keys and values of every layer for the tokens seen so far, in memory allocated once."""
+    """Keys and values of all layers for the tokens seen so far, in memory that is allocated once.
 
-    def __init__(self, config: GPT2Config, batch: int, length: int, dtype: torch.dtype, device: torch.device):
-        shape = (config.layers, batch, config.heads, length, config.head_width)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0  # tokens held; GPT2Model moves it on once all layers have appended
+    It has the precision of the first keys that it gets, so nothing is converted later.
+    """
 
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, H, T, D) keys and values after those held, and return all of the layer's, (B, H, length + T, D)."""
+    def __init__(self, config, batch, max_tokens):
+        self.shape = (config.n_layer, batch, config.n_head, max_tokens, config.head_width)
+        self.keys = self.values = None
+        self.length = 0  # cached tokens; GPT2Model advances it after the last layer
+
+    def append(self, layer, key, value):
+        """Store (B, H, T, D) and return all keys and values of the layer, (B, H, length + T, D)."""
+        if self.keys is None:
+            self.keys, self.values = key.new_empty(self.shape), key.new_empty(self.shape)
         stop = self.length + key.shape[2]
         self.keys[layer, :, :, self.length : stop] = key
         self.values[layer, :, :, self.length : stop] = value
         return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
 
-    def keep(self, rows: Tensor) -> None:
-        """Keep only these rows of the batch."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+    def select_rows(self, indices):
+        """Keep only these sequences of the batch."""
+        self.keys, self.values = self.keys[:, indices], self.values[:, indices]
 
 
 class CausalSelfAttention(nn.Module):
-    """softmax(Q K^T / sqrt(D)) V for every head, over the tokens up to each one's own."""
+    """softmax(Q K^T / sqrt(D)) V per head; a token attends to itself and to earlier tokens."""
 
-    def __init__(self, config: GPT2Config):
+    def __init__(self, config):
         super().__init__()
-        self.heads, self.dropout = config.heads, config.dropout
-        self.q_proj = nn.Linear(config.width, config.width)
-        self.k_proj = nn.Linear(config.width, config.width)
-        self.v_proj = nn.Linear(config.width, config.width)
-        self.out_proj = nn.Linear(config.width, config.width)
+        self.n_head = config.n_head
+        self.dropout = config.attn_pdrop
+        self.q_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.k_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.v_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.out_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        """(B, T, C) -> (B, T, C). `mask` (B, 1, T, tokens held + T) is True where a query may look; None is causal."""
+    def forward(self, x, mask=None, cache=None, layer=0):
+        """(B, T, C) -> (B, T, C).
+
+        `mask` (B, 1, T, cached + T) is True where a query may attend; None means causal.
+        """
         query, key, value = (
-            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
+            projection(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, H, T, D)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if cache is not None:
             key, value = cache.append(layer, key, value)
-        key, value = key.to(query.dtype), value.to(query.dtype)
         p = self.dropout if self.training else 0.0
-        slow = p or (self.training and query.dtype == torch.bfloat16)
-        if slow and mask is None and query.device.type == "cpu":
-            # torch's fused kernel there knows no dropout, and takes two to five times as long for gradients in bfloat16
+        # On a CPU, torch's fused kernel has no dropout and slow bfloat16 gradients (2 to 5 times).
+        fused_is_slow = p > 0 or (self.training and query.dtype == torch.bfloat16)
+        if fused_is_slow and mask is None and query.device.type == "cpu":
             heads = causal_attention(query, key, value, p)
         else:
-            is_causal = mask is None and query.shape[2] > 1  # a lone query is the last token and sees all
+            is_causal = mask is None and query.shape[2] > 1  # a single query attends to all
             heads = F.scaled_dot_product_attention(query, key, value, mask, p, is_causal)
         return self.out_proj(heads.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, p: float, block: int = 256) -> Tensor:
-    """dropout(softmax(Q K^T / sqrt(D)), p) V written out, each (B, H, T, D); a token sees those up to its own.
+def causal_attention(query, key, value, p, block=256):
+    """dropout(softmax(Q K^T / sqrt(D)), p) V, written out, for queries that are the last tokens.
 
-    Queries are taken `block` at a time, so that of long texts the half which no token sees is hardly computed.
+    (B, H, T, D) and twice (B, H, cached + T, D) -> (B, H, T, D). Queries are processed in blocks,
+    so that most of the masked half of long texts is not computed.
     """
-    flat_query, flat_key, flat_value = (part.flatten(0, 1) for part in (query, key, value))  # (B * H, T, D)
-    tokens, width = query.shape[2:]
-    parts = []
+    tokens, head_width = query.shape[2:]
+    cached = key.shape[2] - tokens
+    queries, keys, values = (part.flatten(0, 1) for part in (query, key, value))  # (B * H, T, D)
+    outputs = []
     for start in range(0, tokens, block):
         stop = min(start + block, tokens)
-        future = query.new_full((stop - start, stop), -torch.inf).triu(start + 1)
-        keys = flat_key[:, :stop].transpose(1, 2)
-        scores = torch.baddbmm(future, flat_query[:, start:stop], keys, alpha=width**-0.5)
-        parts.append(dropout(scores.softmax(-1), p) @ flat_value[:, :stop])
-    return torch.cat(parts, dim=1).view_as(query)
+        visible = cached + stop
+        future = query.new_full((stop - start, visible), -torch.inf).triu(cached + start + 1)
+        visible_keys = keys[:, :visible].transpose(1, 2)
+        scores = torch.baddbmm(future, queries[:, start:stop], visible_keys, alpha=head_width**-0.5)
+        weights = dropout(scores.softmax(-1), p)  # (B * H, stop - start, visible)
+        outputs.append(weights @ values[:, :visible])
+    return torch.cat(outputs, dim=1).view_as(query)

@@ -1,56 +1,59 @@
-"""Dropout (Srivastava et al. 2014, JMLR 15) whose random numbers cost little on a CPU."""
+"""Dropout (Srivastava et al. 2014, JMLR 15) with cheap random numbers on a CPU.
+
+nn.Dropout would do. This version takes 2.1 instead of 5.2 ms per layer of GPT-2, because torch's
+CPU generator is serial: 5 % of a LoRA training step.
+"""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-LEVELS = 2**16  # a value is dropped when its 16 random bits are below p * LEVELS
+LEVELS = 2**16  # 16 random bits decide about each value
 
 
-class _Dropout(torch.autograd.Function):
-    """Keeps a byte a value for the backward pass; F.dropout on a CPU keeps the noise in the values' precision."""
+class CPUDropout(torch.autograd.Function):
+    """Stores one byte per value for the backward pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, threshold: int) -> Tensor:
-        # 64 bits drawn at once serve four values, and numpy's SFC64 draws them in 0.4 of the time that torch's CPU
-        # generator takes, from which its seed comes: torch's state still fixes, and resumes, everything
+    def forward(ctx, x, threshold):
+        # Seeded by torch's generator, so that torch's random state still determines everything.
         seed = int(torch.randint(2**62, ()))
-        words = np.random.SFC64(seed).random_raw((x.numel() + 3) // 4).view(np.int16)
-        keep = torch.from_numpy(words)[: x.numel()].view(x.shape) >= threshold - LEVELS // 2
+        words = np.random.SFC64(seed).random_raw((x.numel() + 3) // 4)  # 64 bits for 4 values
+        bits = torch.from_numpy(words.view(np.int16))[: x.numel()].view(x.shape)
+        keep = bits >= threshold - LEVELS // 2
         ctx.save_for_backward(keep)
         ctx.scale = LEVELS / (LEVELS - threshold)
-        return _apply(x, keep, ctx.scale)
+        return mask_and_scale(x, keep, ctx.scale)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (keep,) = ctx.saved_tensors
-        return _apply(grad, keep, ctx.scale), None
+    def backward(ctx, grad):
+        return mask_and_scale(grad, *ctx.saved_tensors, ctx.scale), None
 
 
-def _apply(x: Tensor, keep: Tensor, scale: float) -> Tensor:
-    """x, scaled, where `keep` is set, else 0; bytes convert to numbers seven times as fast as truth values do."""
+def mask_and_scale(x, keep, scale):
+    # bytes convert to floats seven times as fast as booleans
     return (x * keep.view(torch.uint8).to(x.dtype)).mul_(scale)
 
 
-def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
-    """Zero each value of x with probability p and scale the others by 1 / (1 - p), so that the mean stays.
+def dropout(x, p, training=True):
+    """Zero each value with probability p and scale the others by 1 / (1 - p).
 
-    On a CPU p is rounded to a multiple of 1 / 65,536, and the scale is that of the rounded p.
+    On a CPU, p is rounded to a multiple of 1 / 65,536 and the scale uses the rounded p.
     """
     if not training or p == 0:
         return x
     if x.device.type != "cpu":
         return F.dropout(x, p)
-    return _Dropout.apply(x, min(round(p * LEVELS), LEVELS - 1))
+    return CPUDropout.apply(x, min(round(p * LEVELS), LEVELS - 1))
 
 
 class Dropout(nn.Module):
-    """`dropout` as a module: on in training, off in evaluation."""
+    """`dropout` as a module."""
 
-    def __init__(self, p: float):
+    def __init__(self, p):
         super().__init__()
         self.p = p
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return dropout(x, self.p, self.training)

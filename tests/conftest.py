@@ -1,4 +1,4 @@
-"""Fixtures that the tests share: a tiny random GPT-2 with a tokenizer of its own, as transformers saves it."""
+"""Shared fixtures: a tiny random GPT-2 with its own tokenizer, as transformers saves it."""
 
 import os
 
@@ -20,7 +20,7 @@ VERSE = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A Hugging Face folder: 2 layers, width 32, 4 heads, 300 tokens, 64 positions; every parameter is random."""
+    """A Hugging Face folder: 2 layers, width 32, 4 heads, 300 tokens, 64 positions."""
     path = tmp_path_factory.mktemp("tiny")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -34,12 +34,18 @@ def folder(tmp_path_factory):
 
     end = tokenizer.token_to_id("<|endoftext|>")
     config = GPT2Config(
-        vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=end, eos_token_id=end
+        vocab_size=300,
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        bos_token_id=end,
+        eos_token_id=end,
     )
     torch.manual_seed(0)
     model = GPT2LMHeadModel(config)
     with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms too: at 0 and 1 they would hide a mix-up
+        for parameter in model.parameters():  # at 0 and 1, biases and norms hide errors
             parameter += 0.2 * torch.randn_like(parameter)
     model.save_pretrained(path)
     return path
@@ -47,7 +53,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def gpt(folder):
-    """Our model of the folder, in evaluation mode; a fresh one for each test."""
+    """Our model of the folder, in evaluation mode."""
     return GPT2Model.from_pretrained(folder)
 
 
@@ -59,5 +65,5 @@ def reference(folder):
 
 @pytest.fixture
 def ids():
-    """Three rows of 20 random tokens."""
+    """Random token ids (3, 20)."""
     return torch.randint(0, 300, (3, 20), generator=torch.Generator().manual_seed(1))

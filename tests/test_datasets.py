@@ -1,12 +1,22 @@
-"""Files to sonnets, sonnets to batches: what is read, what is refused, and what a batch holds."""
+"""Sonnets: files to frames, frames to batches, and the order of an epoch."""
+
+import dataclasses
 
 import pytest
 import torch
 
 from config import ROOT, InputError
-from datasets import IGNORED, Sonnet, SonnetsDataset, bucketed_batches, read_sonnets
+from datasets import (
+    IGNORE_INDEX,
+    SonnetsDataset,
+    bucketed_batches,
+    continuation,
+    read_sonnets,
+    sonnet_prompt,
+    verse_lines,
+)
 
-EMBEDDED = {"train": (131, 1, 131), "dev": (12, 132, 143), "test": (11, 144, 154)}
+BUNDLED = {"train": range(1, 132), "dev": range(132, 144), "test": range(144, 155)}
 NUMBERED = """THE SONNETS
 
 by William Shakespeare
@@ -25,86 +35,105 @@ When forty winters shall besiege thy brow,
 """
 
 
-@pytest.mark.parametrize("split", EMBEDDED)
-def test_embedded_files(split):
-    """The course's split; 99 and 126 have 15 and 12 lines, and all couplets but 25's keep their indent."""
-    count, first, last = EMBEDDED[split]
+@pytest.fixture
+def read(tmp_path):
+    """Write a file and read its sonnets as pairs of id and text."""
+
+    def run(name, content):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        sonnets = read_sonnets(path)
+        return list(zip(sonnets["id"], sonnets["text"], strict=True))
+
+    return run
+
+
+@pytest.mark.parametrize("split", BUNDLED)
+def test_bundled_files(split):
+    """All sonnets are complete: 99 and 126 have 15 and 12 lines, couplets except 25's indents."""
     sonnets = read_sonnets(ROOT / "data" / f"Shakespeare_Sonnets_{split}.csv")
-    assert [sonnet.number for sonnet in sonnets] == list(range(first, last + 1))
-    assert len(sonnets) == count
-    assert all(len(sonnet.lines) == {99: 15, 126: 12}.get(sonnet.number, 14) for sonnet in sonnets)
-    assert all(line.startswith("  ") == (sonnet.number != 25) for sonnet in sonnets for line in sonnet.lines[-2:])
-    assert not any(line.startswith(" ") for sonnet in sonnets for line in sonnet.lines[:3])
+    assert sonnets["id"].tolist() == list(BUNDLED[split])
+    for number, text in zip(sonnets["id"], sonnets["text"], strict=True):
+        lines = verse_lines(text)
+        assert len(lines) == {99: 15, 126: 12}.get(number, 14)
+        assert [line.startswith("  ") for line in lines[-2:]] == [number != 25] * 2
+        assert not any(line.startswith(" ") for line in lines[:3])
 
 
 def test_prompt_and_continuation():
-    """A prompt is the first three lines, the third one ended; both together are the sonnet."""
-    sonnet = Sonnet(7, "one\ntwo\nthree\nfour\n  five")
-    assert sonnet.prompt == "one\ntwo\nthree\n"
-    assert sonnet.continuation == "four\n  five"
-    assert sonnet.prompt + sonnet.continuation == sonnet.text
-    assert Sonnet(7, "one\n\ntwo\nthree\n\nfour\n  five\n").continuation == "four\n  five"  # empty lines are no lines
-    assert Sonnet(7, "one\ntwo\nthree\n").continuation == ""
+    """The prompt is the first three lines; together with the continuation it is the sonnet."""
+    text = "one\ntwo\nthree\nfour\n  five"
+    assert sonnet_prompt(text) == "one\ntwo\nthree\n"
+    assert continuation(text) == "four\n  five"
+    assert continuation("one\n\ntwo\nthree\n\nfour\n  five\n") == "four\n  five"  # no empty lines
+    assert continuation("one\ntwo\nthree\n") == ""
 
 
-@pytest.mark.parametrize("encode", [
-    lambda text: text.encode(),
-    lambda text: text.replace("\n", "\r\n").encode(),
-    lambda text: text.replace("\n", "\r").encode(),
-    lambda text: text.encode("utf-8-sig"),
-    lambda text: text.removeprefix("THE SONNETS\n\nby William Shakespeare\n\n\n").encode("utf-8-sig"),
-    lambda text: text.replace(",\n", ", \t\n").encode(),
-], ids=["as is", "CRLF", "CR", "BOM", "BOM before the number", "space at line ends"])  # fmt: skip
-def test_numbered_text_is_read(tmp_path, encode):
-    """The course's format: a header, then number, empty line, lines; as any editor may have saved it."""
-    path = tmp_path / "sonnets.txt"
-    path.write_bytes(encode(NUMBERED))
-    first, second = read_sonnets(path)
-    assert (first.number, second.number) == (1, 2)
-    assert first.lines[0] == "From fairest creatures we desire increase,"
-    assert first.text.endswith("die,\n  Pity the world, or else this glutton be,")
-    assert second.text == "When forty winters shall besiege thy brow,"
+@pytest.mark.parametrize(
+    "encode",
+    [
+        lambda text: text.encode(),
+        lambda text: text.replace("\n", "\r\n").encode(),
+        lambda text: text.replace("\n", "\r").encode(),
+        lambda text: text.replace("\n", "\r\n", 7).encode(),
+        lambda text: text.encode("utf-8-sig"),
+        lambda text: text[text.index("1\n") :].encode("utf-8-sig"),
+        lambda text: text.replace(",\n", ", \t\n").encode(),
+    ],
+    ids=["as is", "CRLF", "CR", "mixed", "BOM", "BOM before the number", "space at line ends"],
+)
+def test_numbered_text_is_read(read, encode):
+    """The course's format, as any editor may have saved it: header, number, empty line, lines."""
+    assert read("sonnets.txt", encode(NUMBERED)) == [
+        (1, NUMBERED[NUMBERED.index("From") : NUMBERED.index("\n\n2\n")]),
+        (2, "When forty winters shall besiege thy brow,"),
+    ]
 
 
-def test_csv_with_quotes_commas_and_crlf(tmp_path):
-    """Line breaks inside a quoted field belong to the text."""
-    path = tmp_path / "sonnets.CSV"
-    path.write_bytes(b'\xef\xbb\xbfid,text\r\n5,"He said ""so"",\r\n  and went"\r\n')
-    assert read_sonnets(path) == [Sonnet(5, 'He said "so",\n  and went')]
+def test_csv_with_quotes_commas_and_line_breaks(read):
+    """Line breaks inside a quoted field belong to the text; other columns are ignored."""
+    content = b'\xef\xbb\xbfnote,id,text\r\n,5,"He said ""so"",\r\n  and went"\r\n\r\nx, 6 ,a "b"\n'
+    assert read("sonnets.CSV", content) == [(5, 'He said "so",\n  and went'), (6, 'a "b"')]
 
 
 BROKEN = {
-    "empty": ("x.txt", b"", "no sonnet"),
-    "no number": ("x.txt", b"a line\nanother\n", "no sonnet"),
-    "empty csv": ("x.csv", b"", "no sonnet"),
-    "header alone": ("x.csv", b"id,text\n", "no sonnet"),
-    "missing column": ("x.csv", b"id,sonnet\n1,abc\n", "no column text.*id, sonnet"),
-    "not a number": ("x.csv", b"id,text\n1,abc\none,abc\n", "row 3: id 'one'"),
-    "short row": ("x.csv", b"id,text\n1\n", "row 2: id '1'"),
-    "open quote": ("x.csv", b'id,text\n1,"abc\n', "not a CSV file"),
+    "empty": ("x.txt", "", "no sonnet"),
+    "no number": ("x.txt", "a line\nanother\n", "no sonnet"),
+    "empty csv": ("x.csv", "", "no column id, text"),
+    "white space csv": ("x.csv", " \n", "no column id, text"),
+    "header alone": ("x.csv", "id,text\n", "no sonnet"),
+    "missing column": ("x.csv", "id,sonnet\n1,abc\n", "no column text.*id, sonnet"),
+    "id column twice": ("x.csv", "id,id,text\n1,1,abc\n", "id"),
+    "text column twice": ("x.csv", "id,text,text\n1,abc,def\n", "text"),
+    "not a number": ("x.csv", "id,text\n1,abc\none,abc\n", "id 'one' is not the number"),
+    "fewer fields": ("x.csv", "id,text\n1,abc\n2\n", "line 3: 1 fields.*header has 2"),
+    "comma without quotes": ("x.csv", "id,text\n1,abc, def\n", "line 2: 3 fields"),
+    "open quote": ("x.csv", 'id,text\n1,"abc\n', "line 2.*quote"),
+    "quote of another sonnet": ("x.csv", 'id,text\n1,"abc\n2,"def"\n', "line 3.*quote"),
+    "text after a quote": ("x.csv", 'id,text\n1,"abc" def\n', "line 2.*quote"),
     "not utf-8": ("x.txt", b"1\n\ncaf\xe9\n", "not UTF-8 .byte 6"),
     "nul": ("x.txt", b"1\n\nab\0c\n", "NUL"),
+    "nul in csv": ("x.csv", b"id,text\n1,ab\0c\n", "NUL"),
     "utf-16": ("x.txt", "1\n\nabc\n".encode("utf-16"), "not UTF-8"),
-    "no text": ("x.txt", b"1\n\n2\n\nabc\n", "sonnet 1 has 0 characters"),
-    "blank text": ("x.csv", b"id,text\n1,  \n", "sonnet 1 has 0 characters"),
-    "twice": ("x.txt", b"1\n\nabc\n\n1\n\ndef\n", "sonnet 1 occurs twice"),
+    "utf-16 without a mark": ("x.txt", "1\n\nabc\n".encode("utf-16-le"), "NUL"),
+    "no text": ("x.txt", "1\n\n2\n\nabc\n", "sonnet 1 has 0 characters"),
+    "blank text": ("x.csv", "id,text\n1,  \n", "sonnet 1 has 0 characters"),
+    "twice": ("x.txt", "1\n\nabc\n\n1\n\ndef\n", "id 1 occurs more than once"),
+    "twice in csv": ("x.csv", "id,text\n1,abc\n01,def\n", "id 1 occurs more than once"),
 }
 
 
-@pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_file_is_named(tmp_path, kind):
-    """Rows used to be dropped by a bare except; every message must name the file and what is wrong."""
-    name, content, message = BROKEN[kind]
-    path = tmp_path / name
-    path.write_bytes(content)
+@pytest.mark.parametrize(("name", "content", "message"), BROKEN.values(), ids=BROKEN)
+def test_broken_files_are_rejected(read, name, content, message):
+    """No sonnet is dropped silently: the message names the file, and the line if there is one."""
     with pytest.raises(InputError, match=rf"{name}.*{message}"):
-        read_sonnets(path)
+        read(name, content)
 
 
 @pytest.mark.parametrize("name", ["absent.csv", "."])
-def test_a_file_that_is_not_there_is_named(tmp_path, name):
-    """The message must also say what to use instead."""
-    with pytest.raises(InputError, match=r"can't be read.*embedded sonnets"):
+def test_missing_files_are_named(tmp_path, name):
+    """The message also says what to use instead."""
+    with pytest.raises(InputError, match=r"cannot be read.*bundled sonnets"):
         read_sonnets(tmp_path / name)
 
 
@@ -112,43 +141,65 @@ TEXTS = ("From fairest", "But as the riper should by time decease", "thy brow,\n
 
 
 @pytest.fixture
-def dataset(gpt):
-    return SonnetsDataset([Sonnet(number, text) for number, text in enumerate(TEXTS)], gpt)
+def make(tmp_path, gpt):
+    """Make a SonnetsDataset of texts, numbered from 1."""
+
+    def run(*texts):
+        path = tmp_path / "sonnets.txt"
+        path.write_text("".join(f"{number}\n{text}\n" for number, text in enumerate(texts, 1)))
+        return SonnetsDataset(read_sonnets(path), gpt)
+
+    return run
 
 
-def test_labels_are_the_next_tokens_and_end_of_text_the_last(gpt, dataset):
-    """Padding once was the only thing that taught stopping: EOS is a target, padding never is."""
-    batch = dataset.collate([1, 0, 2])
-    width = max(map(len, (gpt.tokenizer.encode(text).ids for text in TEXTS)))
-    for row, text in enumerate((TEXTS[1], TEXTS[0], TEXTS[2])):
-        tokens = gpt.tokenizer.encode(text).ids
-        padding = width - len(tokens)
-        assert batch["input_ids"][row, : len(tokens)].tolist() == tokens
-        assert batch["labels"][row].tolist() == [*tokens[1:], gpt.end_of_text, *[IGNORED] * padding]
-        assert batch["attention_mask"][row].tolist() == [1] * len(tokens) + [0] * padding
-    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape == (3, width)
+def test_labels_are_the_next_tokens_and_the_end_of_text(gpt, make):
+    """The end-of-text token is the last target of each text; padding is never a target."""
+    data = make(*TEXTS)
+    batch = data.collate([1, 0, 2])
+    encoded = gpt.encode([TEXTS[1], TEXTS[0], TEXTS[2]])
+    width = max(map(len, encoded))
+    for index, ids in enumerate(encoded):
+        padding = width - len(ids)
+        targets = [*ids[1:], gpt.end_of_text]
+        assert batch["input_ids"][index, : len(ids)].tolist() == ids
+        assert batch["labels"][index].tolist() == targets + [IGNORE_INDEX] * padding
+        assert batch["attention_mask"][index].tolist() == [1] * len(ids) + [0] * padding
+    for name in ("input_ids", "labels", "attention_mask"):
+        assert batch[name].shape == (3, width)
+    assert data.num_targets(batch) == sum(map(len, encoded))
+    assert data.lengths == [len(ids) + 1 for ids in gpt.encode(list(TEXTS))]
 
 
-def test_characters_are_those_that_the_labels_spell(gpt, dataset):
-    """Bits a character are wrong if the unpredicted first token is counted, or the end of text is not."""
-    batch = dataset.collate([0, 2])
-    spelt = [gpt.tokenizer.decode(row[row != IGNORED].tolist()) for row in batch["labels"]]
-    assert spelt == [TEXTS[0][len(gpt.tokenizer.decode(gpt.tokenizer.encode(TEXTS[0]).ids[:1])) :], spelt[1]]
-    assert batch["characters"] == sum(map(len, spelt)) + 2
+def test_characters_are_those_of_the_targets(gpt, make):
+    """Bits per character exclude the first token and count the end of the text as one."""
+    batch = make(*TEXTS).collate([0, 2])
+    texts = [gpt.decode(labels[labels != IGNORE_INDEX]) for labels in batch["labels"]]
+    for text, target in zip((TEXTS[0], TEXTS[2]), texts, strict=True):
+        assert gpt.decode(gpt.encode([text])[0][:1]) + target == text
+    assert batch["characters"] == sum(map(len, texts)) + 2
 
 
-def test_batches_in_order_hold_every_row_once(dataset):
-    """Evaluation must not drop the last, smaller batch."""
-    batches = dataset.in_order(2)
+def test_batches_in_order_contain_every_sonnet_once(make):
+    """Evaluation includes the last, smaller batch."""
+    data = make(*TEXTS)
+    batches = data.batches_in_order(2)
     assert [len(batch["input_ids"]) for batch in batches] == [2, 1]
-    assert torch.equal(batches[1]["input_ids"], dataset.collate([2])["input_ids"])
+    assert torch.equal(batches[1]["input_ids"], data.collate([2])["input_ids"])
 
 
-def test_a_sonnet_longer_than_the_model_reads_is_named(gpt):
-    """64 positions take a text of 64 tokens, whose last label is the end of text, and not one more."""
-    assert SonnetsDataset([Sonnet(1, "z" * 64)], gpt).collate([0])["input_ids"].shape == (1, 64)
-    with pytest.raises(InputError, match=r"sonnet 8 has 65 tokens.*64"):
-        SonnetsDataset([Sonnet(8, "z" * 65)], gpt)
+def test_sonnets_that_are_too_long_are_named(make):
+    """64 positions hold 64 tokens, the last of which predicts the end-of-text token."""
+    assert make("z" * 64).collate([0])["input_ids"].shape == (1, 64)
+    with pytest.raises(InputError, match=r"sonnet 2 has 65 tokens.*64"):
+        make("z", "z" * 65)
+
+
+def test_models_without_an_end_of_text_token_are_rejected(gpt, make):
+    """Nothing would teach such a model to stop; neither config.json nor the tokenizer has one."""
+    gpt.config = dataclasses.replace(gpt.config, eos_token_id=None)
+    gpt.tokenizer.eos_token = None
+    with pytest.raises(InputError, match=r"no end-of-text token.*eos_token_id"):
+        make(*TEXTS)
 
 
 LENGTHS = torch.randint(1, 200, (131,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -156,14 +207,15 @@ LENGTHS = torch.randint(1, 200, (131,), generator=torch.Generator().manual_seed(
 
 @pytest.mark.parametrize("batch_size", [1, 8, 131, 200])
 def test_an_epoch_is_a_permutation(batch_size):
-    """Every row exactly once, in full batches but for one."""
+    """Every index occurs exactly once, and all batches except one are full."""
     batches = bucketed_batches(LENGTHS, batch_size, seed=3, epoch=0)
-    assert sorted(row for batch in batches for row in batch) == list(range(131))
-    assert sorted(map(len, batches), reverse=True)[:-1] == [batch_size] * (len(batches) - 1)
+    assert sorted(index for batch in batches for index in batch) == list(range(131))
+    sizes = sorted(map(len, batches), reverse=True)
+    assert sizes[:-1] == [batch_size] * (len(batches) - 1)
 
 
 def test_order_is_a_function_of_seed_and_epoch():
-    """Resuming rebuilds an epoch's order from the two alone; no global random state may enter."""
+    """A resumed run rebuilds an epoch's order from these; global random state has no effect."""
     torch.manual_seed(0)
     first = bucketed_batches(LENGTHS, 8, seed=3, epoch=5)
     torch.manual_seed(1)
@@ -173,10 +225,11 @@ def test_order_is_a_function_of_seed_and_epoch():
 
 
 def test_bucketing_saves_padding():
-    """Batches of like length: less than half of the padding of rows taken as they come."""
+    """Batches of similar lengths have less than half of the padding of batches in order."""
 
     def padding(batches):
-        return sum(max(LENGTHS[row] for row in batch) - LENGTHS[index] for batch in batches for index in batch)
+        return sum(max(lengths) * len(lengths) - sum(lengths) for lengths in batches)
 
-    as_they_come = [list(range(start, min(start + 8, 131))) for start in range(0, 131, 8)]
-    assert padding(bucketed_batches(LENGTHS, 8, seed=0, epoch=0)) < padding(as_they_come) / 2
+    in_order = [LENGTHS[start : start + 8] for start in range(0, 131, 8)]
+    bucketed = bucketed_batches(LENGTHS, 8, seed=0, epoch=0)
+    assert padding([[LENGTHS[i] for i in batch] for batch in bucketed]) < padding(in_order) / 2

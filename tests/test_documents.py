@@ -1,53 +1,42 @@
-"""README.md and RESULTS.md say what results/ and benchmarks/results/ say."""
+"""README.md and RESULTS.md name files that exist."""
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
-
-from runs import include_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = pytest.mark.parametrize("name", ["README.md", "RESULTS.md"])
 
 
 @DOCUMENTS
-def test_tables_are_those_of_the_results(name, tmp_path):
-    """A table that was typed, or left behind by a newer run, differs from the file that its marks name."""
-    copy = shutil.copy(ROOT / name, tmp_path / name)
-    include_tables(copy)
-    assert copy.read_text(encoding="utf-8") == (ROOT / name).read_text(encoding="utf-8")
-
-
-@DOCUMENTS
-def test_figures_in_sentences_stand_in_the_results(name):
-    """Every number with two decimals or more that stands outside code and tables is one that a command wrote."""
-    text = (ROOT / name).read_text(encoding="utf-8")
-    prose = re.sub(r"```.*?```|<!-- \S+ \d+ -->.*?<!-- end -->|`[^`]*`", "", text, flags=re.DOTALL)
-    results = [path.read_text(encoding="utf-8") for folder in ("results", "benchmarks/results")
-               for path in (ROOT / folder).glob("*.md")]  # fmt: skip
-    known = {number for result in results for number in re.findall(r"\d+\.\d\d+", result)}
-    stale = sorted(set(re.findall(r"\d+\.\d\d+", prose)) - known)
-    assert not stale, f"{name} says {stale}, which no table does: after new runs, revise the sentences"
-
-
-@DOCUMENTS
-def test_files_that_are_named_are_there(name):
-    """Paths in links and pictures."""
+def test_links_and_plots_exist(name):
+    """Paths of links and pictures inside the repository."""
     for path in re.findall(r"\]\(([^)#:]+)\)", (ROOT / name).read_text(encoding="utf-8")):
         assert (ROOT / path).exists(), path
 
 
-def test_only_the_named_paragraph_changes(tmp_path, monkeypatch):
-    """Marks of a file that is not there, or that has no such paragraph, keep what stands between them."""
-    monkeypatch.setattr("runs.ROOT", tmp_path)
-    (tmp_path / "table.md").write_text("| a |\n|---|\n\n| b |\n|---|\n| 2 |\n")
-    document = tmp_path / "text.md"
-    document.write_text("<!-- table.md 2 -->\nold\n<!-- end -->\nx\n<!-- no.md 1 -->\nkept\n<!-- end -->\n"
-                        "<!-- table.md 3 -->\nkept too\n<!-- end -->\n")  # fmt: skip
-    for _ in range(2):
-        include_tables(document)
-        assert document.read_text() == (
-            "<!-- table.md 2 -->\n| b |\n|---|\n| 2 |\n<!-- end -->\nx\n<!-- no.md 1 -->\nkept\n<!-- end -->\n"
-            "<!-- table.md 3 -->\nkept too\n<!-- end -->\n")  # fmt: skip
+def test_the_table_of_files_is_complete():
+    """README.md names every folder and every file of code at the top level, and only those."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`[^|]*`) \|", text, flags=re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    assert all((ROOT / name).exists() for name in named), named
+    code = [
+        path for pattern in ("*.py", "models/*.py", "modules/*.py") for path in ROOT.glob(pattern)
+    ]
+    for path in code:
+        relative = path.relative_to(ROOT)
+        folder = f"{relative.parent.as_posix()}/"
+        assert {relative.as_posix(), folder} & named or path.name == "__init__.py", relative
+
+
+@DOCUMENTS
+def test_scripts_of_commands_exist(name):
+    """`python FILE` and `pytest FILES` in code."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```.*?```|`[^`\n]+`", text, flags=re.DOTALL))
+    scripts = re.findall(r"\b(?:python|--nproc_per_node=2) (\S+\.py)", code)
+    scripts += re.findall(r"\btests/\w+\.py", code)
+    assert scripts
+    assert all((ROOT / script).is_file() for script in scripts), scripts

@@ -1,4 +1,4 @@
-"""The forward pass: equal to transformers', causal, and the same whatever the padding, the batch or the cache."""
+"""The forward pass equals transformers', is causal, and ignores padding and batch-mates."""
 
 import math
 
@@ -11,71 +11,73 @@ from modules.attention import CausalSelfAttention, KVCache
 
 LENGTHS = (12, 5, 9)
 CLOSE = {"atol": 1e-5, "rtol": 0}
+SIDES = pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 
 
-def pad(rows, left, filler=7):
-    """Rows of tokens as one batch and its mask; the padding is an ordinary token, so that looking at it shows."""
-    width = max(map(len, rows))
-    batch = torch.full((len(rows), width), filler)
+def pad(sequences, left, filler=7):
+    """A padded batch and its mask; padding is an ordinary token, so that reading it shows."""
+    width = max(map(len, sequences))
+    batch = torch.full((len(sequences), width), filler)
     mask = torch.zeros_like(batch)
-    for index, row in enumerate(rows):
-        place = slice(width - len(row), None) if left else slice(len(row))
-        batch[index, place], mask[index, place] = row, 1
+    for index, sequence in enumerate(sequences):
+        place = slice(width - len(sequence), None) if left else slice(len(sequence))
+        batch[index, place] = sequence
+        mask[index, place] = 1
     return batch, mask
 
 
 @pytest.fixture
-def rows(ids):
+def sequences(ids):
     return [row[:length] for row, length in zip(ids, LENGTHS, strict=True)]
-
-
-def new_cache(gpt, batch, length):
-    return KVCache(gpt.config, batch, length, torch.float32, torch.device("cpu"))
 
 
 @torch.no_grad()
 def test_logits_equal_transformers(gpt, reference, ids):
-    """Guards every detail of the architecture at once: erf GELU, a 3-d feed-forward, an eps, a transposed weight."""
+    """Covers all details at once: erf GELU, a feed-forward width of 3 d, epsilon, transposes."""
     ours = gpt.hidden_state_to_token(gpt(ids)["last_hidden_state"])
     assert_close(ours, reference(ids).logits, **CLOSE)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-def test_padding_and_batch_mates_change_nothing(gpt, rows, left):
-    """A row's states must not depend on its padding's side or on the rows beside it."""
-    batch, mask = pad(rows, left)
+@SIDES
+def test_padding_and_batch_mates_change_nothing(gpt, sequences, left):
+    """Hidden states depend neither on the side of the padding nor on the other sequences."""
+    batch, mask = pad(sequences, left)
     hidden = gpt(batch, mask)["last_hidden_state"]
-    assert hidden.isfinite().all()  # padding too: a NaN there would reach every gradient
-    for index, row in enumerate(rows):
-        assert_close(hidden[index, mask[index].bool()], gpt(row[None])["last_hidden_state"][0], **CLOSE)
+    assert hidden.isfinite().all()  # at padding too: NaN would reach every gradient
+    for index, sequence in enumerate(sequences):
+        alone = gpt(sequence[None])["last_hidden_state"][0]
+        assert_close(hidden[index, mask[index].bool()], alone, **CLOSE)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-def test_what_stands_in_the_padding_is_never_read(gpt, rows, left):
-    """A mask that is only nearly -inf, or multiplied into the scores, would let the padding's content through."""
-    (batch, mask), (other, _) = pad(rows, left, filler=7), pad(rows, left, filler=250)
+@SIDES
+def test_the_content_of_padding_is_never_read(gpt, sequences, left):
+    """A mask that is only nearly -inf, or multiplied with the scores, would let it through."""
+    batch, mask = pad(sequences, left, filler=7)
+    other, _ = pad(sequences, left, filler=250)
     real = mask.bool()
-    assert torch.equal(gpt(batch, mask)["last_hidden_state"][real], gpt(other, mask)["last_hidden_state"][real])
+    one = gpt(batch, mask)["last_hidden_state"][real]
+    assert torch.equal(one, gpt(other, mask)["last_hidden_state"][real])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-def test_last_token_is_the_last_real_one(gpt, rows, left):
-    """The report's baseline read [:, -1], which is padding in a right-padded row."""
-    batch, mask = pad(rows, left)
-    alone = torch.cat([gpt(row[None])["last_hidden_state"][:, -1] for row in rows])
-    assert_close(gpt(batch, mask)["last_token"], alone, **CLOSE)
+@SIDES
+def test_last_token_is_the_last_real_one(gpt, sequences, left):
+    """The report's baseline read [:, -1], which is padding in right-padded sequences."""
+    batch, mask = pad(sequences, left)
+    alone = [gpt(sequence[None])["last_hidden_state"][:, -1] for sequence in sequences]
+    assert_close(gpt(batch, mask)["last_token"], torch.cat(alone), **CLOSE)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("position", [1, 10, 19])
-def test_a_later_token_moves_no_earlier_state(gpt, ids, position):
-    """Causality, bit for bit; and the token itself does move its own state."""
+def test_causality(gpt, ids, position):
+    """A later token changes no bit of an earlier state; it does change its own state."""
     changed = ids.clone()
     changed[:, position] = (changed[:, position] + 1) % 300
-    before, after = gpt(ids)["last_hidden_state"], gpt(changed)["last_hidden_state"]
+    before = gpt(ids)["last_hidden_state"]
+    after = gpt(changed)["last_hidden_state"]
     assert torch.equal(before[:, :position], after[:, :position])
     assert not torch.isclose(before[:, position], after[:, position]).all(-1).any()
 
@@ -83,57 +85,83 @@ def test_a_later_token_moves_no_earlier_state(gpt, ids, position):
 @torch.no_grad()
 @pytest.mark.parametrize("chunks", [(1,) * 12, (5, 4, 3), (1, 10, 1)], ids=str)
 @pytest.mark.parametrize("left", [False, True], ids=["unpadded", "left-padded"])
-def test_cache_equals_no_cache(gpt, ids, rows, left, chunks):
-    """Several tokens on a non-empty cache must not see each other's future, nor lose the past's padding."""
-    batch, mask = pad(rows, left=True) if left else (ids[:, :12], torch.ones(3, 12, dtype=torch.long))
-    cache, parts, start = new_cache(gpt, 3, 12), [], 0
+def test_cache_equals_no_cache(gpt, ids, sequences, left, chunks):
+    """Several tokens on a non-empty cache do not see each other's future or old padding."""
+    batch, mask = ids[:, :12], torch.ones(3, 12, dtype=torch.long)
+    if left:
+        batch, mask = pad(sequences, left=True)
+    cache = KVCache(gpt.config, 3, 12)
+    states, start = [], 0
     for size in chunks:
         stop = start + size
         output = gpt(batch[:, start:stop], mask[:, :stop], cache)
-        parts.append(output["last_hidden_state"])
+        states.append(output["last_hidden_state"])
         start = stop
     whole, real = gpt(batch, mask), mask.bool()
     assert cache.length == 12
-    assert_close(torch.cat(parts, 1)[real], whole["last_hidden_state"][real], **CLOSE)
+    assert_close(torch.cat(states, 1)[real], whole["last_hidden_state"][real], **CLOSE)
     assert_close(output["last_token"], whole["last_token"], **CLOSE)
 
 
 @torch.no_grad()
-def test_right_padded_prompts_continue_on_a_cache(gpt, rows, ids):
-    """Padding between a prompt and what follows it must be neither seen nor counted as a position."""
-    batch, mask = pad(rows, left=False)
+@pytest.mark.parametrize("attn_pdrop", [0.0, 1e-9])
+@pytest.mark.parametrize("chunks", [(1,) * 12, (5, 4, 3), (5, 1, 6)], ids=str)
+def test_cache_equals_no_cache_in_training_mode(gpt, reference, ids, attn_pdrop, chunks):
+    """On a CPU, training with dropout uses other code, whose queries once attended only to key 0.
+
+    A rate of 1e-9 selects that code and rounds to dropping nothing.
+    """
+    gpt.train()
+    for part in gpt.modules():
+        if hasattr(part, "p"):
+            part.p = 0.0
+    for layer in gpt.layers:
+        layer.attention.dropout = attn_pdrop
+    cache = KVCache(gpt.config, 3, 12)
+    states = [gpt(part, cache=cache)["last_hidden_state"] for part in ids[:, :12].split(chunks, 1)]
+    logits = gpt.hidden_state_to_token(torch.cat(states, 1))
+    uncached = gpt.hidden_state_to_token(gpt(ids[:, :12])["last_hidden_state"])
+    assert_close(logits, uncached, **CLOSE)
+    assert_close(logits, reference(ids[:, :12]).logits, **CLOSE)
+
+
+@torch.no_grad()
+def test_right_padded_prompts_continue_on_a_cache(gpt, sequences, ids):
+    """Padding between a prompt and its continuation is neither seen nor counted as a position."""
+    batch, mask = pad(sequences, left=False)
     following = ids[:, 15:17]
-    cache = new_cache(gpt, 3, 14)
+    cache = KVCache(gpt.config, 3, 14)
     gpt(batch, mask, cache)
-    states = gpt(following, torch.cat([mask, torch.ones_like(following)], 1), cache)["last_hidden_state"]
-    for index, row in enumerate(rows):
-        alone = gpt(torch.cat([row, following[index]])[None])["last_hidden_state"]
+    longer = torch.cat([mask, torch.ones_like(following)], 1)
+    states = gpt(following, longer, cache)["last_hidden_state"]
+    for index, sequence in enumerate(sequences):
+        alone = gpt(torch.cat([sequence, following[index]])[None])["last_hidden_state"]
         assert_close(states[index], alone[0, -2:], **CLOSE)
 
 
 @torch.no_grad()
-def test_cache_keeps_the_rows_asked_for(gpt, ids):
-    """After a row has ended, the others must go on with their own keys and values."""
-    cache = new_cache(gpt, 3, 12)
+def test_cache_selects_rows(gpt, ids):
+    """After a sequence has ended, the others continue with their own keys and values."""
+    cache = KVCache(gpt.config, 3, 12)
     gpt(ids[:, :11], cache=cache)
-    cache.keep(torch.tensor([2, 0]))
+    cache.select_rows(torch.tensor([2, 0]))
     state = gpt(ids[[2, 0], 11:12], cache=cache)["last_token"]
     assert_close(state, gpt(ids[[2, 0], :12])["last_token"], **CLOSE)
 
 
-@pytest.mark.parametrize("held", [0, 60])
-def test_past_the_last_position_is_an_error(gpt, held):
-    """Without it the embedding's index error would name neither the length nor the limit."""
-    cache = new_cache(gpt, 1, 70)
-    if held:
-        gpt(torch.zeros(1, held, dtype=torch.long), cache=cache)
+@pytest.mark.parametrize("cached", [0, 60])
+def test_past_the_last_position_is_an_error(gpt, cached):
+    """The embedding's index error would name neither the length nor the limit."""
+    cache = KVCache(gpt.config, 1, 70)
+    if cached:
+        gpt(torch.zeros(1, cached, dtype=torch.long), cache=cache)
     with pytest.raises(InputError, match=r"65 tokens, .* 64 positions"):
-        gpt(torch.zeros(1, 65 - held, dtype=torch.long), cache=cache)
+        gpt(torch.zeros(1, 65 - cached, dtype=torch.long), cache=cache)
 
 
 def test_mask_of_another_shape_is_an_error(gpt, ids):
-    """A mask of the new tokens alone, given with a cache, would otherwise be broadcast or misread."""
-    with pytest.raises(InputError, match=r"\(3, 19\); expected \(3, 20\)"):
+    """A mask of the new tokens alone would be broadcast or misread with a cache."""
+    with pytest.raises(InputError, match=r"attention_mask.*\(3, 20\)"):
         gpt(ids, torch.ones(3, 19))
 
 
@@ -143,8 +171,8 @@ def test_token_0_trains(gpt):
     assert gpt.token_embedding.weight.grad[0].abs().sum() > 0
 
 
-def test_dropout_acts_in_training_alone(gpt, ids):
-    """Each of the three kinds of dropout, and no randomness in evaluation."""
+def test_dropout_acts_in_training_only(gpt, ids):
+    """Each of the three kinds of dropout acts, and nothing is random in evaluation."""
     assert torch.equal(gpt(ids)["last_token"], gpt(ids)["last_token"])
     for part in (gpt.dropout, gpt.layers[0].dropout, gpt.layers[0].attention):
         part.train()
@@ -152,24 +180,36 @@ def test_dropout_acts_in_training_alone(gpt, ids):
         part.eval()
 
 
+def test_gradient_checkpointing_changes_no_gradient(gpt, ids):
+    """Recomputed activations are the same, because dropout repeats its random numbers."""
+    gradients = []
+    for checkpointing in (False, True):
+        gpt.gradient_checkpointing = checkpointing
+        gpt.train().zero_grad()
+        torch.manual_seed(0)
+        gpt(ids)["last_hidden_state"].square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in gpt.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
 def identity_attention(heads):
-    attention = CausalSelfAttention(GPT2Config(layers=1, width=2, heads=heads))
+    attention = CausalSelfAttention(GPT2Config(n_layer=1, n_embd=2, n_head=heads))
     with torch.no_grad():
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj):
-            projection.weight.copy_(torch.eye(2))
-            projection.bias.zero_()
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj):
+            linear.weight.copy_(torch.eye(2))
+            linear.bias.zero_()
     return attention.eval()
 
 
 def test_attention_by_hand():
-    """One head: the scores of token 2 are 0 and 1/sqrt 2, so its weights are 1 and e^(1/sqrt 2), over their sum."""
+    """Token 2 has scores 0 and 1/sqrt 2: weights 1 and e^(1/sqrt 2), divided by their sum."""
     output = identity_attention(heads=1)(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]))
     own = math.exp(1 / math.sqrt(2)) / (1 + math.exp(1 / math.sqrt(2)))  # 0.6698
     assert_close(output, torch.tensor([[[1.0, 0.0], [1 - own, own]]]))
 
 
 def test_two_heads_by_hand():
-    """Heads of width 1 each read their own column: scores 3 and 9 in one, 2 and 1 in the other."""
+    """Heads of width 1 read one column each: scores 3 and 9 in one, 2 and 1 in the other."""
     output = identity_attention(heads=2)(torch.tensor([[[1.0, 2.0], [3.0, 1.0]]]))
     first = (1 * math.exp(3) + 3 * math.exp(9)) / (math.exp(3) + math.exp(9))  # 2.9951
     second = (2 * math.exp(2) + 1 * math.exp(1)) / (math.exp(2) + math.exp(1))  # 1.7311

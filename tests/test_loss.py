@@ -1,28 +1,28 @@
-"""The chunked cross-entropy is F.cross_entropy: value and gradients, whatever the chunk."""
+"""The chunked cross-entropy equals F.cross_entropy in value and gradients for every chunk size."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from modules.loss import cross_entropy
+from modules.loss import IGNORE_INDEX, cross_entropy
 
-ROWS, WIDTH, VOCAB = 10, 6, 11
+WIDTH, VOCAB = 6, 11
 
 
 def problem(dtype=torch.float32):
-    """Hidden states (2, 5, C), an embedding (V, C) and labels, two of which are left out."""
+    """Hidden states (2, 5, C), an embedding (V, C) and labels, two of which are excluded."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 5, WIDTH, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(VOCAB, WIDTH, generator=generator).to(dtype).requires_grad_()
     labels = torch.randint(0, VOCAB, (2, 5), generator=generator)
-    labels[0, 0] = labels[1, 3] = -100
+    labels[0, 0] = labels[1, 3] = IGNORE_INDEX
     return hidden, weight, labels
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8, 9, 256])
 def test_equals_the_cross_entropy_of_whole_logits(chunk):
-    """A last chunk that is short, a chunk of one row and a chunk larger than all of them."""
+    """Covers a short last chunk, chunks of one position and a chunk larger than the batch."""
     hidden, weight, labels = problem()
     loss = cross_entropy(hidden, weight, labels, chunk)
     whole = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten())
@@ -32,15 +32,17 @@ def test_equals_the_cross_entropy_of_whole_logits(chunk):
 
 
 def test_gradients_by_finite_differences():
-    """The gradients are written by hand; in float64 they must match differences of the value."""
+    """The gradients are written by hand; in float64 they equal differences of the value."""
     hidden, weight, labels = problem(torch.float64)
-    assert torch.autograd.gradcheck(lambda h, w: cross_entropy(h, w, labels, chunk=3), (hidden, weight))
+    assert torch.autograd.gradcheck(
+        lambda h, w: cross_entropy(h, w, labels, chunk=3), (hidden, weight)
+    )
 
 
-def test_left_out_rows_count_for_nothing():
-    """The report's loss counted padding; whatever stands there must move neither value nor gradient."""
+def test_excluded_positions_do_not_matter():
+    """The report's loss included padding; its content changes neither value nor gradient."""
     hidden, weight, labels = problem()
-    real = labels != -100
+    real = labels != IGNORE_INDEX
     changed = hidden.detach().clone()
     changed[~real] = 1e6
     changed.requires_grad_()
@@ -51,10 +53,10 @@ def test_left_out_rows_count_for_nothing():
     assert changed.grad[real].abs().sum(-1).gt(0).all()
 
 
-def test_no_label_at_all_is_zero():
-    """A mean over nothing would be NaN, and end the run."""
+def test_without_any_label_the_loss_is_zero():
+    """A mean over nothing would be NaN and end the run."""
     hidden, weight, labels = problem()
-    loss = cross_entropy(hidden, weight, torch.full_like(labels, -100))
+    loss = cross_entropy(hidden, weight, torch.full_like(labels, IGNORE_INDEX))
     loss.backward()
     assert loss.item() == 0
     assert not hidden.grad.any()
@@ -62,17 +64,17 @@ def test_no_label_at_all_is_zero():
 
 
 def test_extreme_logits_stay_finite():
-    """exp of a large logit overflows unless the largest is subtracted first; the loss is then their difference."""
-    hidden, weight = torch.tensor([[1000.0]], requires_grad=True), torch.tensor([[1.0], [-1.0]])
-    loss = cross_entropy(hidden, weight, torch.tensor([1]))
+    """exp overflows unless the largest logit is subtracted first; the loss is the difference."""
+    hidden = torch.tensor([[1000.0]], requires_grad=True)
+    loss = cross_entropy(hidden, torch.tensor([[1.0], [-1.0]]), torch.tensor([1]))
     loss.backward()
     assert_close(loss, torch.tensor(2000.0))
     assert_close(hidden.grad, torch.tensor([[2.0]]))
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
-def test_no_gradient_is_computed_for_what_is_frozen(frozen):
-    """LoRA's saving: under a frozen embedding its (V, C) gradient is never made, nor kept for the backward pass."""
+def test_frozen_tensors_get_no_gradient(frozen):
+    """With LoRA the (V, C) gradient of the frozen embedding is neither computed nor stored."""
     hidden, weight, labels = problem()
     {"hidden": hidden, "weight": weight}[frozen].requires_grad_(False)
     loss = cross_entropy(hidden, weight, labels)
@@ -83,8 +85,8 @@ def test_no_gradient_is_computed_for_what_is_frozen(frozen):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_is_close_to_float32(dtype):
-    """bfloat16 keeps 8 bits: products differ by about 2^-8 of their size, and sums are still made in float32."""
+def test_training_under_autocast_is_close_to_float32(dtype):
+    """bfloat16 has 8 bits, so matrix multiplications differ by 2^-8; sums are in float32."""
     hidden, weight, labels = problem()
     exact = cross_entropy(hidden, weight, labels)
     with torch.autocast("cpu", dtype):
@@ -92,6 +94,20 @@ def test_autocast_is_close_to_float32(dtype):
     assert rough.dtype == torch.float32
     assert rough.item() != exact.item()
     assert_close(rough, exact, atol=0.03, rtol=0)
-    (ours, *_), (theirs, *_) = (torch.autograd.grad(loss, (hidden, weight)) for loss in (rough, exact))
-    assert ours.dtype == torch.float32
+    ours, theirs = (torch.autograd.grad(loss, (hidden, weight)) for loss in (rough, exact))
+    assert {grad.dtype for grad in ours} == {torch.float32}
     assert_close(ours, theirs, atol=0.01, rtol=0)
+
+
+def test_without_gradients_autocast_changes_nothing():
+    """bfloat16 logits around -110 are multiples of 0.5; dev losses use float32 logits."""
+    hidden, weight, labels = problem()
+    hidden = torch.cat([hidden, torch.full((2, 5, 1), -110.0)], dim=-1)
+    weight = torch.cat([weight, torch.ones(VOCAB, 1)], dim=-1)
+    logits = (hidden @ weight.T).detach().flatten(0, 1)
+    exact = F.cross_entropy(logits, labels.flatten())
+    assert -130 < logits.min() < logits.max() < -90
+    assert abs(F.cross_entropy(logits.bfloat16().float(), labels.flatten()) - exact) > 1e-3
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert_close(cross_entropy(hidden, weight, labels), exact, atol=1e-5, rtol=0)
+        assert_close(cross_entropy(hidden, weight, labels, 3), exact, atol=1e-5, rtol=0)

@@ -1,93 +1,100 @@
-"""The user's command for pairs: what a run leaves, predicts again and resumes to, and what is refused."""
+"""The user's command for pairs: what a run leaves, predicts again, resumes to and rejects."""
 
-import csv
 import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
-import evaluation
-import figures
 import paraphrase_detection
+import plots
+import sonnet_generation
 from config import InputError, Interrupted
-from datasets import PairsDataset
+from datasets import PairsDataset, read_pairs
 from models.gpt2 import GPT2Model
-from models.hugging_face import read_config
 from models.paraphrase_gpt import ParaphraseGPT
-from paraphrase_detection import as_file, main, parse_options
-from pooling import POOLINGS
+from paraphrase_detection import main, parse_options
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMED = {"seconds", "tokens_per_second", "peak_memory_gb"}
+TIMED = ["seconds", "tokens_per_second", "peak_memory_gb"]
 HEADER = "\tid\tsentence1\tsentence2\tis_duplicate\n"
-FIGURES = {"loss", "accuracy", "macro_f1", "word_overlap_accuracy", "no_judged_no", "no_judged_yes", "yes_judged_no",
-           "yes_judged_yes"}  # fmt: skip
-SUMMARY = {
-    "task", "model", "method", "seed", "dataset", "pooling", "pair_encoding", "trainable_parameters",
-    "total_parameters", "epochs", "best_epoch", "first_train_loss", "final_train_loss", "best_dev_loss",
-    "train_seconds", "seconds_per_epoch", "tokens_per_second", "peak_memory_gb",
-}  # fmt: skip
-LORA = pytest.mark.parametrize("method", [(), ("--use_lora",)], ids=["full", "lora"])
+METRICS = """
+    loss accuracy accuracy_margin majority_class macro_f1
+    no_predicted_no no_predicted_yes yes_predicted_no yes_predicted_yes
+""".split()
+SUMMARY = """
+    task model method seed dataset pooling pair_encoding trainable_parameters total_parameters
+    epochs best_epoch first_train_loss final_train_loss best_dev_loss train_seconds
+    seconds_per_epoch tokens_per_second peak_memory_gb skipped_steps
+""".split()
+METHODS = pytest.mark.parametrize("method", [(), ("--use_lora",)], ids=["full", "lora"])
 
 
-def table(split, rows, labelled=True):
-    """Pairs of a split, every second one of texts that are alike."""
-    lines = (f"{row}\t{split}-{row}\tthy {'brow ' * (row % 3)}{row}\t{'thy' if row % 2 else 'z'} {row}\t{row % 2}.0\n"
-             for row in range(rows))  # fmt: skip
-    text = HEADER + "".join(lines)
-    return text if labelled else re.sub(r"\t[^\t]*\n", "\n", text)
+def table(split, count, labeled=True):
+    """Pairs of a split; the texts of every second one are alike."""
+    rows = []
+    for index in range(count):
+        first = f"thy {'brow ' * (index % 3)}{index}"
+        second = f"{'thy' if index % 2 else 'z'} {index}"
+        rows.append(f"{index}\t{split}-{index}\t{first}\t{second}\t{index % 2}.0\n")
+    text = HEADER + "".join(rows)
+    return text if labeled else re.sub(r"\t[^\t]*\n", "\n", text)
 
 
 @pytest.fixture(scope="module")
 def model(folder, tmp_path_factory):
-    """The tiny folder with 128 positions instead of 64, which the prompt alone exceeds; its dropout is 0.1."""
+    """The tiny folder with 128 positions: the prompt alone has more than 64 tokens."""
     gpt = GPT2Model.from_pretrained(folder)
-    gpt.config = dataclasses.replace(gpt.config, positions=128)
+    gpt.config = dataclasses.replace(gpt.config, n_positions=128)
+    gpt.raw_config |= {"n_positions": 128}
     torch.manual_seed(0)
-    gpt.position_embedding = torch.nn.Embedding(128, gpt.config.width)
+    gpt.position_embedding = torch.nn.Embedding(128, gpt.config.n_embd)
     path = tmp_path_factory.mktemp("long")
     gpt.save_pretrained(path)
-    assert read_config(path).dropout == 0.1
+    saved = GPT2Model.from_pretrained(path).config
+    assert (saved.n_positions, saved.resid_pdrop) == (128, 0.1)
     return path
 
 
 @pytest.fixture
 def files(tmp_path):
-    """Options that name train, dev and test files of 10, 6 and 5 pairs, and where predictions go."""
-    for split, rows in (("train", 10), ("dev", 6), ("test", 5)):
-        (tmp_path / f"{split}.csv").write_text(table(split, rows))
+    """Options that name train, dev and test files of 10, 6 and 5 pairs, and the predictions."""
+    for split, count in (("train", 10), ("dev", 6), ("test", 5)):
+        (tmp_path / f"{split}.csv").write_text(table(split, count))
     given = [f"--para_{split}={tmp_path / split}.csv" for split in ("train", "dev", "test")]
-    return [*given, *(f"--para_{split}_out={tmp_path / split}-out.csv" for split in ("dev", "test"))]
+    return given + [f"--para_{split}_out={tmp_path / split}-out.csv" for split in ("dev", "test")]
 
 
 @pytest.fixture
 def command(model, files, tmp_path):
     """Run the script in this process on these; further options may override."""
-    common = [f"--model_size={model}", "--batch_size=4", "--epochs=2", "--lr=0.005", "--device=cpu", "--dtype=float32"]
+    given = [*files, f"--model_size={model}", "--batch_size=4", "--epochs=2", "--lr=0.005"]
+    given += ["--device=cpu", "--dtype=float32", "--pair_encoding=joint"]
 
     def run(*options, out="run"):
-        main(parse_options([*files, *common, f"--out_dir={tmp_path / out}", *options]))
+        main(parse_options([*given, f"--out_dir={tmp_path / out}", *options]))
         return tmp_path / out
 
     return run
 
 
 @pytest.fixture
-def undrawn(command, monkeypatch):
-    """The same without its figures, which take longer than all the rest."""
+def plotless(command, monkeypatch):
+    """The same without plots, which take longer than all the rest."""
     for name in ("draw_curves", "draw_attention"):
-        monkeypatch.setattr(figures, name, lambda path, *what: None)
+        monkeypatch.setattr(plots, name, lambda *_: None)
     return command
 
 
-def written(path):
+def read(path):
     return path.read_text(encoding="utf-8")
 
 
@@ -96,142 +103,181 @@ def names(folder):
 
 
 KINDS = [
-    (), ("--pooling=generalized", "--use_lora"), ("--pooling=max", "--dtype=bfloat16"),
-    ("--pooling=multihead", "--vector_penalty=0.1", "--pair_encoding=separate", "--use_lora", "--dtype=bfloat16"),
-]  # fmt: skip
+    "",
+    "--pooling=generalized --use_lora",
+    "--pooling=max --dtype=bfloat16",
+    "--pooling=multihead --vector_penalty=0.1 --pair_encoding=separate --use_lora --dtype=bfloat16",
+]
 
 
-@pytest.mark.parametrize("options", KINDS, ids=" ".join)
-def test_a_run_leaves_what_it_should(command, tmp_path, capsys, options):
-    """Every file of the design; attention.png only where a pooling learns what to look at; figures for both splits."""
-    run = command(*options)
+@pytest.mark.parametrize("options", KINDS)
+def test_a_run_leaves_its_files(command, tmp_path, capsys, options):
+    """Every file of the design; attention.png only for a pooling that learns token weights."""
+    run = command(*options.split())
     lora = "--use_lora" in options
-    learned = any(option in ("--pooling=generalized", "--pooling=multihead") for option in options)
-    expected = {"config.json", "metrics.csv", "summary.json", "errors.md", "curves.png", "resume/state.pt"}
-    expected |= {f"predictions/para-{split}-output.csv" for split in ("dev", "test")} | {"best/head.safetensors"}
-    expected |= {"attention.png"} if learned else set()
+    learned = "generalized" in options or "multihead" in options
+    expected = {"config.json", "metrics.csv", "steps.csv", "summary.json", "errors.md"}
+    expected |= {"curves.png", "resume/state.pt", "best/head.safetensors"}
+    expected |= {f"predictions/para-{split}-output.csv" for split in ("dev", "test")}
     assert names(run) >= expected
     assert (run / "attention.png").exists() == learned
     assert (run / "best" / "adapter_model.safetensors").exists() == lora
     assert (run / "best" / "model.safetensors").exists() != lora
-    summary = json.loads(written(run / "summary.json"))
-    assert summary.keys() == SUMMARY | {f"{split}_{name}" for split in ("dev", "test") for name in FIGURES}
+    summary = json.loads(read(run / "summary.json"))
+    metrics = {f"{split}_{name}" for split in ("dev", "test") for name in METRICS}
+    assert summary.keys() == set(SUMMARY) | metrics
     assert (summary["trainable_parameters"] < summary["total_parameters"]) == lora
-    with open(run / "metrics.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == ["1", "2"]
-    if "--dtype=bfloat16" not in options:  # in which sums depend on how they are cut
-        assert float(rows[summary["best_epoch"] - 1]["dev_accuracy"]) == summary["dev_accuracy"]
-        assert float(rows[summary["best_epoch"] - 1]["dev_loss"]) == pytest.approx(summary["dev_loss"], rel=1e-5)
-    assert len(json.loads(written(run / "config.json"))["data_sha256"]) == 3
+    epochs = pd.read_csv(run / "metrics.csv")
+    assert epochs["epoch"].tolist() == [1, 2]
+    if "bfloat16" not in options:  # in which sums depend on how they are split
+        best = epochs.loc[summary["best_epoch"] - 1]
+        assert best["dev_accuracy"] == summary["dev_accuracy"]
+        assert best["dev_loss"] == pytest.approx(summary["dev_loss"], rel=1e-5)
+    assert len(json.loads(read(run / "config.json"))["data_sha256"]) == 3
     for split, count in (("dev", 6), ("test", 5)):
-        text = written(tmp_path / f"{split}-out.csv")
-        assert text == written(run / "predictions" / f"para-{split}-output.csv")
+        text = read(tmp_path / f"{split}-out.csv")
+        assert text == read(run / "predictions" / f"para-{split}-output.csv")
         head, *lines = text.split("\n")
         assert head == "id \t Predicted_Is_Paraphrase "
-        assert [re.fullmatch(r"(\S+), [01] ", line)[1] for line in lines[:-1]] == [f"{split}-{n}" for n in range(count)]
+        ids = [re.fullmatch(r"(\S+), [01] ", line)[1] for line in lines[:-1]]
+        assert ids == [f"{split}-{index}" for index in range(count)]
         assert lines[-1] == ""
     screen = capsys.readouterr().out
     assert "(10 train, 6 dev, 5 test)" in screen
-    assert "word overlap" in screen
+    assert "majority_class" in screen
 
 
-def test_predictions_in_the_courses_format():
-    """Byte for byte what its evaluation reads: spaces before the line ends, too."""
-    text = as_file(["b", "a"], torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
-    assert text == "id \t Predicted_Is_Paraphrase \nb, 1 \na, 0 \n"
+def test_the_model_card_runs(plotless, model, monkeypatch):
+    """The code of best/README.md loads the classifier in this repository."""
+    run = plotless("--use_lora", "--pooling=generalized", "--epochs=1")
+    code = read(run / "best" / "README.md").split("```python\n")[1].split("```")[0]
+    loaded = {}
+    exec(code, loaded)
+    assert loaded["model"].settings["pooling"] == "generalized"
 
 
-def test_errors_are_the_pairs_judged_wrong(undrawn, tmp_path):
-    """As many as the confusion counts say, with the texts, ids and lines of the file."""
-    run = undrawn("--epochs=1")
-    summary = json.loads(written(run / "summary.json"))
-    wrong = summary["dev_no_judged_yes"] + summary["dev_yes_judged_no"]
-    text = written(run / "errors.md")
-    assert text.startswith(f"# {wrong} of 6 dev pairs judged wrong")
-    judged = dict(re.findall(r"(\S+), ([01]) ", written(tmp_path / "dev-out.csv")))
-    texts = [f"thy {'brow ' * (row % 3)}{row}" for row in range(6)]
-    blocks = re.findall(r"says (no|yes) .*label (no|yes)\*\* \(id (\S+), line (\d)\)\n\n1\. (.*)\n", text)
-    mistakes = {row for row in range(6) if int(judged[f"dev-{row}"]) != row % 2}
+def test_errors_are_the_misclassified_pairs(plotless, tmp_path):
+    """As many as the confusion matrix says, with the texts, ids and lines of the file."""
+    run = plotless("--epochs=1")
+    summary = json.loads(read(run / "summary.json"))
+    wrong = summary["dev_no_predicted_yes"] + summary["dev_yes_predicted_no"]
+    text = read(run / "errors.md")
+    assert text.startswith(f"# {wrong} of 6 dev pairs are misclassified")
+    predicted = dict(re.findall(r"(\S+), ([01]) ", read(tmp_path / "dev-out.csv")))
+    texts = [f"thy {'brow ' * (index % 3)}{index}" for index in range(6)]
+    pattern = r"predicted (no|yes) .*label (no|yes)\*\* \(id (\S+), line (\d)\)\n\n1\. (.*)\n"
+    blocks = re.findall(pattern, text)
+    mistakes = {index for index in range(6) if int(predicted[f"dev-{index}"]) != index % 2}
     assert {int(line) - 2 for *_, line, _ in blocks} == mistakes
-    for said, gold, name, line, sentence in blocks:
-        row = int(line) - 2
-        assert (name, sentence) == (f"dev-{row}", texts[row])
-        assert (said, gold) == (("yes", "no") if row % 2 == 0 else ("no", "yes"))
+    for answer, gold, name, line, sentence in blocks:
+        index = int(line) - 2
+        assert (name, sentence) == (f"dev-{index}", texts[index])
+        assert (answer, gold) == (("no", "yes") if index % 2 else ("yes", "no"))
 
 
-def test_errors_begin_with_those_of_the_most_confidence(tmp_path, gpt):
-    """Ten at most; what was judged right is not among them."""
+def test_errors_begin_with_the_highest_confidence(tmp_path, gpt):
+    """Ten at most, and no pair that is classified correctly."""
     (tmp_path / "dev.csv").write_text(table("dev", 14))
-    data = PairsDataset(tmp_path / "dev.csv", gpt, "separate")
-    margins = torch.tensor([9.0, 0.5, 1.5, 3.0, 0.1, 2.0, 0.3, 1.0, 0.7, 2.5, 0.2, 0.6, 0.4, 9.0])
-    right = torch.tensor([1] + [-1] * 12 + [1])
-    logits = torch.stack([torch.zeros(14), margins * right * (2 * data.labels - 1)], 1)
-    text = paraphrase_detection.errors(logits, data)
-    assert text.startswith("# 12 of 14 dev pairs judged wrong")
+    pairs = read_pairs(tmp_path / "dev.csv")
+    dataset = PairsDataset(pairs, gpt, "separate")
+    margins = [9.0, 0.5, 1.5, 3.0, 0.1, 2.0, 0.3, 1.0, 0.7, 2.5, 0.2, 0.6, 0.4, 9.0]
+    correct = torch.tensor([1] + [-1] * 12 + [1])
+    yes = torch.tensor(margins) * correct * (2 * dataset.labels - 1)
+    text = paraphrase_detection.describe_errors(
+        torch.stack([torch.zeros(14), yes], dim=1), dataset, pairs
+    )
+    assert text.startswith("# 12 of 14 dev pairs are misclassified")
     expected = [3, 9, 5, 2, 7, 8, 11, 1, 12, 6]
-    assert re.findall(r"\(id (\S+), line (\d+)\)", text) == [(f"dev-{row}", str(row + 2)) for row in expected]
-    assert "**says no (95.3%), label yes** (id dev-3" in text  # 1 / (1 + e^-3)
+    found = re.findall(r"\(id (\S+), line (\d+)\)", text)
+    assert found == [(f"dev-{index}", str(index + 2)) for index in expected]
+    assert "**predicted no (95.3%), label yes** (id dev-3" in text  # 1 / (1 + e^-3)
 
 
-def test_every_epoch_has_an_order_of_its_own(undrawn, monkeypatch):
-    """All ten training pairs, an epoch, in an order that the next one does not repeat."""
+def test_a_skipped_test_pair_gets_a_prediction(plotless, tmp_path, capsys):
+    """Without a text, the majority class of the dev pairs; a line and a note say so."""
+    for label, answer, name in ((1, "yes", "most"), (0, "no", "few")):
+        dev = table("dev", 6).replace("\t0.0\n" if label else "\t1.0\n", f"\t{label}.0\n", 2)
+        (tmp_path / "dev.csv").write_text(dev)
+        rows = f"8\tempty\t\ty {label}\t{label}\n9\tblank\tx {label}\t  \t\n"
+        (tmp_path / "test.csv").write_text(table("test", 3) + rows + "10\tlast\tx\ty\t1\n")
+        plotless("--epochs=0", out=name)
+        lines = read(tmp_path / "test-out.csv").splitlines()[1:]
+        ids = [line.split(",")[0] for line in lines]
+        assert ids == ["test-0", "test-1", "test-2", "empty", "blank", "last"]
+        assert lines[3:5] == [f"empty, {label} ", f"blank, {label} "]
+        assert f"test: the prediction of skipped pairs is {answer}" in capsys.readouterr().out
+
+
+def test_every_epoch_has_its_own_order(plotless, monkeypatch):
+    """All ten training pairs per epoch, in an order that the next one does not repeat."""
     collate, made = PairsDataset.collate, []
-    monkeypatch.setattr(PairsDataset, "collate", lambda self, rows: made.append(rows) or collate(self, rows))
-    undrawn()
-    first, second = ([row for batch in made[start : start + 3] for row in batch] for start in (0, 4))
+
+    def recorded(self, indices):
+        made.append(indices)
+        return collate(self, indices)
+
+    monkeypatch.setattr(PairsDataset, "collate", recorded)
+    plotless()
+    epochs = (made[start : start + 3] for start in (0, 4))
+    first, second = ([index for batch in batches for index in batch] for batches in epochs)
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second
 
 
-def test_the_best_epoch_is_the_first_of_the_largest_dev_accuracy(undrawn, monkeypatch):
-    """Not of the smallest, nor of the smallest loss; the figures then are those of best/."""
-    right = iter([3, 5, 5, 4, 5, 5])  # of 6: four epochs, then dev and test with best/
+def test_the_best_epoch_is_the_first_with_the_highest_dev_accuracy(plotless, monkeypatch):
+    """Not the lowest, nor the lowest loss; the metrics are then those of best/."""
+    correct = iter([3, 5, 5, 4, 5, 5])  # of 6: four epochs, then dev and test with best/
 
-    def classify(model, data):
-        answers = data.labels.clone()
-        answers[next(right) :] ^= 1
+    def classify(model, dataset):
+        answers = dataset.labels.clone()
+        answers[next(correct) :] ^= 1
         return torch.nn.functional.one_hot(answers, 2).float()
 
-    monkeypatch.setattr(evaluation, "classify", classify)
-    summary = json.loads(written(undrawn("--epochs=4") / "summary.json"))
+    monkeypatch.setattr(paraphrase_detection, "classify", classify)
+    summary = json.loads(read(plotless("--epochs=4") / "summary.json"))
     assert (summary["best_epoch"], summary["dev_accuracy"]) == (2, 5 / 6)
 
 
-def test_test_pairs_may_be_unlabelled(undrawn, tmp_path, capsys):
-    """Predictions, and no figures that nobody can know; dev must be labelled."""
-    (tmp_path / "test.csv").write_text(table("test", 5, labelled=False))
-    summary = json.loads(written(undrawn("--epochs=1") / "summary.json"))
+def test_test_pairs_may_be_unlabeled(plotless, tmp_path):
+    """Predictions, and no metrics that nobody can know; dev must be labeled."""
+    (tmp_path / "test.csv").write_text(table("test", 5, labeled=False))
+    summary = json.loads(read(plotless("--epochs=1") / "summary.json"))
     assert not [name for name in summary if name.startswith("test")]
-    assert written(tmp_path / "test-out.csv").count("\n") == 6
-    assert re.search(r"\n +dev\n", capsys.readouterr().out)
-    (tmp_path / "dev.csv").write_text(table("dev", 5, labelled=False))
-    with pytest.raises(InputError, match=r"dev\.csv has no column is_duplicate"):
-        undrawn(out="other")
+    assert read(tmp_path / "test-out.csv").count("\n") == 6
+    (tmp_path / "dev.csv").write_text(table("dev", 5, labeled=False))
+    with pytest.raises(InputError, match=r"dev\.csv has no labels"):
+        plotless(out="other")
     assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(
-    ("method", "pair_encoding"), [((), "joint"), (("--use_lora",), "separate")], ids=["full", "lora"]
+    ("method", "pair_encoding"),
+    [((), "joint"), (("--use_lora",), "separate")],
+    ids=["full", "lora"],
 )
-def test_the_best_model_predicts_the_same_again(undrawn, model, files, tmp_path, method, pair_encoding):
-    """--predict_only with best/ alone: pooling and encoding are the model's, whatever the options' defaults are."""
-    best = undrawn(*method, "--pooling=multihead", f"--pair_encoding={pair_encoding}") / "best"
-    before = [written(tmp_path / f"{split}-out.csv") for split in ("dev", "test")]
-    for split in ("dev", "test"):
-        (tmp_path / f"{split}-out.csv").unlink()
+def test_the_best_model_predicts_the_same_again(
+    plotless, model, files, tmp_path, method, pair_encoding
+):
+    """--predict_only with best/: pooling and encoding are the model's, not the defaults."""
+    given = ("--pooling=multihead", f"--pair_encoding={pair_encoding}")
+    best = plotless(*method, *given) / "best"
+    outputs = [tmp_path / f"{split}-out.csv" for split in ("dev", "test")]
+    before = [read(path) for path in outputs]
+    for path in outputs:
+        path.unlink()
     base = [f"--model_size={model}"] if method else []
-    main(parse_options([*files[1:], "--predict_only", f"--model={best}", *base, "--device=cpu", "--dtype=float32"]))
-    assert [written(tmp_path / f"{split}-out.csv") for split in ("dev", "test")] == before
+    options = [*files[1:], "--predict_only", f"--model={best}", *base, "--device=cpu"]
+    main(parse_options([*options, "--dtype=float32"]))
+    assert [read(path) for path in outputs] == before
 
 
 def test_predicting_needs_no_training_pairs(files):
-    """dev and test are all that --predict_only reads."""
+    """--predict_only reads only dev and test."""
     options = parse_options([*files[1:], "--predict_only", "--model=somewhere"])
     assert options.para_dev.endswith("dev.csv")
 
 
-class Crash(Exception):  # noqa: N818 (stands for a kill, which is no error of the program's)
+class Crash(Exception):  # noqa: N818 (stands for a kill, which is not an error of the program)
     """What a kill looks like from inside the loop."""
 
 
@@ -243,45 +289,45 @@ def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def left_behind(run):
-    with open(run / "metrics.csv", newline="", encoding="utf-8") as file:
-        rows = [{name: value for name, value in row.items() if name not in TIMED} for row in csv.DictReader(file)]
-    kept = [*sorted((run / "best").iterdir()), *sorted((run / "predictions").iterdir()), run / "errors.md"]
-    return rows, {path.name: path.read_bytes() for path in kept}
+def outcome(run):
+    metrics = pd.read_csv(run / "metrics.csv", dtype=str).drop(columns=TIMED)
+    paths = [*(run / "best").iterdir(), *(run / "predictions").iterdir()]
+    paths = [path for path in paths if path.name != "README.md"]  # it names the folder
+    paths += [run / "errors.md", run / "steps.csv"]
+    return metrics.to_dict("records"), {path.name: path.read_bytes() for path in paths}
 
 
-@LORA
-def test_cut_off_and_resumed_equals_uninterrupted(undrawn, monkeypatch, method):
-    """In an epoch's second step, the next epoch, the last evaluation or by Ctrl-C: the same files, dropout on."""
+@METHODS
+def test_interrupted_and_resumed_equals_uninterrupted(plotless, monkeypatch, method):
+    """In three steps and in an evaluation: the same files, with dropout."""
     options = [*method, "--pooling=generalized", "--checkpoint_every=2"]
-    whole = left_behind(undrawn(*options, out="whole"))
+    whole = outcome(plotless(*options, out="whole"))
     collate = PairsDataset.collate
-    for event, at in ((crash, 1), (crash, 6), (crash, 9), (interrupt, 5)):  # an epoch: 3 batches to train on, 1 of dev
+    # An epoch has 3 batches to train on and 1 to evaluate.
+    for event, at in ((crash, 1), (crash, 6), (crash, 9), (interrupt, 5)):
         made = []
 
-        def counting(self, rows, made=made, event=event, at=at):
-            made.append(rows)
+        def counted(self, indices, made=made, event=event, at=at):
+            made.append(indices)
             if len(made) == at + 1:
                 event()
-            return collate(self, rows)
+            return collate(self, indices)
 
-        monkeypatch.setattr(PairsDataset, "collate", counting)
+        monkeypatch.setattr(PairsDataset, "collate", counted)
         with pytest.raises((Crash, Interrupted)):
-            undrawn(*options, out=f"cut-{at}")
+            plotless(*options, out=f"cut-{at}")
         monkeypatch.setattr(PairsDataset, "collate", collate)
         assert len(made) == at + 1
-        assert left_behind(undrawn(*options, "--resume", out=f"cut-{at}")) == whole
+        assert outcome(plotless(*options, "--resume", out=f"cut-{at}")) == whole
 
 
-@pytest.mark.parametrize("options", [
-    (), ("--dtype=bfloat16",), ("--use_lora", "--pooling=mean"),
-    ("--pooling=multihead",),
-    ("--use_lora", "--dtype=bfloat16"),
-], ids=" ".join)  # fmt: skip
-def test_no_epochs_evaluate_only(undrawn, options):
-    """--epochs 0: predictions and figures of the untrained head, no curves, nothing kept as the best."""
-    run = undrawn(*options, "--epochs=0")
-    summary = json.loads(written(run / "summary.json"))
+@pytest.mark.parametrize(
+    "options", ["", "--dtype=bfloat16", "--use_lora --pooling=mean", "--use_lora --dtype=bfloat16"]
+)
+def test_no_epochs_only_evaluate(plotless, options):
+    """--epochs 0: predictions and metrics of the untrained head, no curves, no best model."""
+    run = plotless(*options.split(), "--epochs=0")
+    summary = json.loads(read(run / "summary.json"))
     assert (summary["epochs"], summary["best_epoch"]) == (0, 0)
     assert 0 <= summary["dev_accuracy"] <= 1
     assert not names(run) & {"metrics.csv", "best/head.safetensors"}
@@ -289,152 +335,183 @@ def test_no_epochs_evaluate_only(undrawn, options):
 
 @pytest.mark.parametrize("pooling", ["generalized", "multihead"])
 @pytest.mark.parametrize("pair_encoding", ["joint", "separate"])
-def test_what_a_pooling_attends_to(command, model, tmp_path, pooling, pair_encoding):
-    """Every token of the text and no padding, its weight as a multiple of an even share: 1 on average a text."""
+def test_the_token_weights_of_a_pooling(
+    command, model, tmp_path, monkeypatch, pooling, pair_encoding
+):
+    """Every token of the text and no padding; relative to uniform weights, 1 on average."""
     torch.manual_seed(0)
-    judge = ParaphraseGPT(GPT2Model.from_pretrained(model), pooling, pair_encoding).eval()
-    data = PairsDataset(tmp_path / "dev.csv", judge.gpt, pair_encoding)
-    logits = torch.nn.functional.one_hot(torch.tensor([0, 1, 0, 1, 1, 0]), 2)  # dev-4 and dev-5 are judged wrong
-    examples = paraphrase_detection.attention(judge, data, logits)
-    assert [heading for heading, _ in examples] == [
-        "dev-1: judged yes, right", "dev-0: judged no, right", "dev-5: judged no, wrong", "dev-4: judged yes, wrong",
-    ]  # fmt: skip
-    for (_, tokens), row in zip(examples, (1, 0, 5, 4), strict=True):
-        texts = data.texts(row)
-        assert "".join(token for token, _ in tokens) == "".join(
-            judge.gpt.tokenizer.decode(text.tolist(), skip_special_tokens=False) for text in texts
-        )
-        assert sum(weight for _, weight in tokens) == pytest.approx(sum(map(len, texts)), rel=1e-5)
+    classifier = ParaphraseGPT(GPT2Model.from_pretrained(model), pooling, pair_encoding).eval()
+    pairs = read_pairs(tmp_path / "dev.csv")
+    dataset = PairsDataset(pairs, classifier.gpt, pair_encoding)
+    predicted = torch.tensor([0, 1, 0, 1, 1, 0])  # dev-4 and dev-5 are misclassified
+    logits = torch.nn.functional.one_hot(predicted, 2)
+    drawn = []
+    monkeypatch.setattr(plots, "draw_attention", lambda *arguments: drawn.append(arguments))
+    paraphrase_detection.draw_token_weights(None, classifier, dataset, logits)
+    [(_, examples, title)] = drawn
+    assert pooling in title
+    assert [heading for heading, *_ in examples] == [
+        "dev-0: label no, predicted no",
+        "dev-4: label no, predicted yes",
+        "dev-5: label yes, predicted no",
+        "dev-1: label yes, predicted yes",
+    ]
+    for (_, tokens, weights), index in zip(examples, (0, 4, 5, 1), strict=True):
+        texts = dataset.texts(index)
+        decode = classifier.gpt.tokenizer.decode
+        assert "".join(tokens) == "".join(decode(text.tolist()) for text in texts)
+        assert sum(weights) == pytest.approx(sum(map(len, texts)), rel=1e-5)
 
 
-@pytest.mark.parametrize(("name", "text"), [
-    ("b😀", "$x^2$ \\frac{1} 😀 の\u202e"),
-    ("$x^$", "z"),
-    ("の", "z"),
-    ("a", "\x07"),
-], ids=ascii)  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("b😀", "$x^2$ \\frac{1} 😀 の\u202e"), ("$x^$", "z"), ("の", "z"), ("a", "\x07")],
+    ids=ascii,
+)
 def test_any_text_can_be_drawn(command, tmp_path, name, text):
-    """A dollar sign is no formula and a rare character no warning: the run would end before its summary."""
-    rows = "".join(f"{row}\t{name}{row}\t{text}\t{row}\t{row % 2}\n" for row in range(4))
+    """A dollar sign is not a formula and a rare character not a warning: the run completes."""
+    rows = [f"{index}\t{name}{index}\t{text}\t{index}\t{index % 2}\n" for index in range(4)]
     for split in ("train", "dev", "test"):
-        (tmp_path / f"{split}.csv").write_text(HEADER + rows, encoding="utf-8")
+        (tmp_path / f"{split}.csv").write_text(HEADER + "".join(rows), encoding="utf-8")
     run = command("--pooling=generalized", "--epochs=1")
     assert {"attention.png", "summary.json"} <= names(run)
 
 
-def test_the_smallest_files(undrawn, tmp_path):
+def test_the_smallest_files(plotless, tmp_path):
     """One pair in each, of one character: a batch of one, a class without a pair."""
     for split in ("train", "dev", "test"):
         (tmp_path / f"{split}.csv").write_text(HEADER + "0\tz\ta\tb\t1\n")
-    summary = json.loads(written(undrawn("--pooling=max") / "summary.json"))
+    summary = json.loads(read(plotless("--pooling=max") / "summary.json"))
     assert summary["dev_accuracy"] in (0, 1)
-    assert summary["dev_word_overlap_accuracy"] == 1
+    assert summary["dev_majority_class"] == 1
 
 
-def test_rows_left_out_and_shortened_are_said(command, tmp_path, capsys):
-    """A bare except dropped them unseen: the screen counts them and names their lines."""
+def test_skipped_and_truncated_pairs_are_noted(plotless, tmp_path, capsys):
+    """The report dropped them silently: the screen counts them and names their lines."""
     rows = "8\ta\t\ty\t1\n" + f"9\tb\t{'z' * 200}\ty\t1\n"
     (tmp_path / "dev.csv").write_text(table("dev", 4) + rows)
-    command("--epochs=0")
+    plotless("--epochs=0")
     out = capsys.readouterr().out
-    assert "dev.csv: 1 of its pairs left out: no sentence or no label (line 6)" in out
-    assert "dev.csv: 1 of its pairs shortened to fit (line 7)" in out
+    assert re.search(r"dev\.csv: 1 pairs are skipped.* \(first lines: 6\)", out)
+    assert re.search(r"dev\.csv: 1 pairs are truncated \(first lines: 7\)", out)
 
 
-def test_the_same_file_for_every_split(undrawn, tmp_path):
-    """train, dev and test may be one file."""
+def test_one_file_for_every_split(plotless, tmp_path):
+    """train, dev and test may be the same file."""
     path = tmp_path / "train.csv"
-    run = undrawn(f"--para_dev={path}", f"--para_test={path}", "--epochs=1")
-    assert written(tmp_path / "dev-out.csv") == written(tmp_path / "test-out.csv")
-    assert json.loads(written(run / "summary.json"))["dev_accuracy"] >= 0
+    run = plotless(f"--para_dev={path}", f"--para_test={path}", "--epochs=1")
+    assert read(tmp_path / "dev-out.csv") == read(tmp_path / "test-out.csv")
+    assert json.loads(read(run / "summary.json"))["dev_accuracy"] >= 0
 
 
-@pytest.mark.parametrize(("options", "named"), [
-    (["--para_train=x.csv"], "para_dev and --para_test"), (["--para_train=x", "--para_test=y"], "without --para_dev"),
-    (["--predict_only"], "--model DIR"), (["--model=x"], "--predict_only"),
-])  # fmt: skip
+def test_two_predictions_with_the_same_file_name(plotless, tmp_path):
+    """In different folders: the run keeps both."""
+    given = [f"--para_{split}_out={tmp_path / split}/out.csv" for split in ("dev", "test")]
+    run = plotless(*given, "--epochs=0")
+    for split in ("dev", "test"):
+        kept = [read(path) for path in (run / "predictions").iterdir()]
+        assert read(tmp_path / split / "out.csv") in kept
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("--para_train=x.csv", "--para_dev.*--para_test.*--dataset"),
+        ("--para_train=x --para_test=y", "--para_dev"),
+        ("--predict_only", "--model"),
+        ("--model=x", "--predict_only"),
+    ],
+)
 def test_options_that_do_not_go_together_are_named(options, named):
-    """No half of a data set is filled up with another's files."""
+    """Half of a data set is not completed with another's files."""
     with pytest.raises(InputError, match=named):
-        parse_options(options)
+        parse_options(options.split())
 
 
-@pytest.mark.parametrize(("option", "named"), [
-    ("--epochs=-1", "epochs"), ("--lr=0", "lr"), ("--model_size=absent", "absent"), ("--device=tpu", "tpu"),
-    ("--para_test=absent.csv", r"absent\.csv.*check the path"), ("--dtype=float16", "float16"),
-    ("--attention_penalty=nan", "attention_penalty"),
-    ("--parameter_penalty=-1", "parameter_penalty"),
-])  # fmt: skip
-def test_a_value_that_cannot_be_used_is_named(undrawn, tmp_path, option, named):
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ("--epochs=-1", "epochs"),
+        ("--lr=0", "lr"),
+        ("--model_size=absent", "absent"),
+        ("--para_test=absent.csv", r"absent\.csv.*check the path"),
+        ("--attention_penalty=nan", "attention_penalty"),
+        ("--parameter_penalty=-1", "parameter_penalty"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named(plotless, tmp_path, option, named):
     """Before anything is trained or a folder made."""
     with pytest.raises(InputError, match=named):
-        undrawn("--pooling=multihead", "--epochs=1", option)
+        plotless("--pooling=multihead", "--epochs=1", option)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("dataset", "maker"), [("quora", "data/download_quora.py"), ("verses", "data/build_verses.py")]
+    ("dataset", "script"),
+    [("quora", "data/download_quora.py"), ("verses", "data/build_verses.py")],
 )
-def test_a_data_set_that_is_not_there_names_what_makes_it(monkeypatch, model, tmp_path, dataset, maker):
+def test_a_missing_data_set_names_the_script_that_makes_it(
+    monkeypatch, model, tmp_path, dataset, script
+):
     """In a fresh clone, before the files are made."""
     monkeypatch.setattr(paraphrase_detection, "ROOT", tmp_path)
-    with pytest.raises(InputError, match=f"{dataset}-train.csv can't be read.*python {maker} makes it"):
+    named = f"{dataset}-train.csv cannot be read.*python {script} makes it"
+    with pytest.raises(InputError, match=named):
         main(parse_options([f"--dataset={dataset}", f"--model_size={model}", "--device=cpu"]))
 
 
-def test_a_file_of_the_users_is_made_by_no_script(undrawn):
+def test_a_file_of_the_user_is_made_by_no_script(plotless):
     """A mistyped --para_test beside --dataset: check the path."""
     with pytest.raises(InputError, match=r"absent\.csv.*check the path"):
-        undrawn("--dataset=verses", "--para_test=absent.csv")
+        plotless("--dataset=verses", "--para_test=absent.csv")
 
 
 def test_files_of_a_data_set_and_of_the_user():
-    """The default is verses; files of one's own replace all three or, with --dataset, some."""
-    options = parse_options([])
-    assert (options.dataset, Path(options.para_dev).name) == ("verses", "verses-dev.csv")
-    options = parse_options(["--preset=report"])
-    assert (options.dataset, Path(options.para_test).name) == ("quora", "quora-test-student.csv")
-    options = parse_options(["--dataset=quora", "--para_train=x.csv"])
-    assert (options.para_train, Path(options.para_dev).name) == ("x.csv", "quora-dev.csv")
-    options = parse_options(["--para_train=x", "--para_dev=y", "--para_test=z"])
-    assert (options.dataset, options.para_train, options.para_dev, options.para_test) == ("files", "x", "y", "z")
+    """The default is verses; the user's files replace all three or, with --dataset, some."""
+
+    def chosen(*options):
+        options = parse_options([*options])
+        paths = (options.para_train, options.para_dev, options.para_test)
+        return options.dataset, *(Path(path).name for path in paths)
+
+    assert chosen() == ("verses", "verses-train.csv", "verses-dev.csv", "verses-test.csv")
+    report = chosen("--preset=report")
+    assert report == ("quora", "quora-train.csv", "quora-dev.csv", "quora-test-student.csv")
+    some = chosen("--dataset=quora", "--para_train=x.csv")
+    assert some == ("quora", "x.csv", "quora-dev.csv", "quora-test-student.csv")
+    assert chosen("--para_train=x", "--para_dev=y", "--para_test=z") == ("files", "x", "y", "z")
 
 
-def start(*options):
-    command = [sys.executable, "paraphrase_detection.py", *map(str, options)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
-    return done.returncode, done.stdout, done.stderr
+@pytest.mark.parametrize("task", ["sonnets", "paraphrases"])
+@METHODS
+def test_a_default_does_not_depend_on_how_the_model_is_spelled(tmp_path, monkeypatch, task, method):
+    """tiny, the path of its folder and a copy of the folder get the same learning rate."""
+    bundled = ROOT / "data" / "tiny-gpt2"
+    shutil.copytree(bundled, tmp_path / "mine")
+    monkeypatch.chdir(ROOT)
+    module = {"sonnets": sonnet_generation, "paraphrases": paraphrase_detection}[task]
+    defaults = set()
+    for name in ("tiny", "data/tiny-gpt2", str(bundled), str(tmp_path / "mine")):
+        options = module.parse_options([*method, f"--model_size={name}"])
+        defaults.add((options.lr, getattr(options, "pair_encoding", None)))
+    expected = {
+        "sonnets": ({(): 1e-4, ("--use_lora",): 1e-3}[method], None),
+        "paraphrases": ({(): 5e-4, ("--use_lora",): 2e-3}[method], "separate"),
+    }
+    assert defaults == {expected[task]}
+    other = module.parse_options([*method, "--model_size=gpt2"])
+    assert other.lr == (2e-4 if method else 5e-5)
+    assert getattr(other, "pair_encoding", "joint") == "joint"
 
 
-def test_help_names_every_pooling_and_needs_no_torch():
-    """--help must appear at once, so the script lists the poolings itself; the two lists must not part."""
-    assert tuple(POOLINGS) == paraphrase_detection.POOLINGS
-    code, out, err = start("--help")
-    assert (code, err) == (0, "")
-    assert all(word in out for word in (*POOLINGS, "--pair_encoding", "--para_train", "--predict_only", "--use_lora"))
-    probe = "import sys, paraphrase_detection as p; p.parse_options([]); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", probe], cwd=ROOT, check=False).returncode == 0
-
-
-@pytest.mark.parametrize(("options", "named"), [
-    (["--pooling=median"], "median"), (["--para_train=x.csv"], "--para_dev"), (["--predict_only"], "--model"),
-    (["--epochs=many"], "many"), (["--dataset=snli"], "snli"), (["--pooling=max", "--pool=max"], "--pool"),
-])  # fmt: skip
-def test_bad_options_end_with_a_line_and_2(options, named):
-    """The message names the value; no traceback."""
-    code, _, err = start(*options)
-    assert code == 2
-    assert named in err.splitlines()[-1]
-    assert "Traceback" not in err
-
-
-def test_a_run_as_a_process(undrawn, files, model, tmp_path):
-    """The whole command on its own, with warnings as errors: nothing on stderr, and the same predictions as here."""
-    undrawn("--pooling=generalized")
-    before = written(tmp_path / "test-out.csv")
-    options = [*files, f"--model_size={model}", "--batch_size=4", "--epochs=2", "--lr=0.005", "--device=cpu",
-               "--dtype=float32", "--pooling=generalized", f"--out_dir={tmp_path / 'other'}"]  # fmt: skip
-    done = subprocess.run([sys.executable, "-W", "error", "paraphrase_detection.py", *options], cwd=ROOT, check=False,
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
-    assert written(tmp_path / "test-out.csv") == before
+def test_a_run_as_a_process(plotless, files, model, tmp_path):
+    """With warnings as errors: nothing on stderr, and the same predictions as in this process."""
+    plotless("--pooling=generalized")
+    before = read(tmp_path / "test-out.csv")
+    options = [*files, f"--model_size={model}", "--batch_size=4", "--epochs=2", "--lr=0.005"]
+    options += ["--device=cpu", "--dtype=float32", "--pair_encoding=joint", "--pooling=generalized"]
+    command = [sys.executable, "-W", "error", "paraphrase_detection.py", *options]
+    command += [f"--out_dir={tmp_path / 'other'}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert read(tmp_path / "test-out.csv") == before

@@ -1,4 +1,4 @@
-"""Poolings against numbers worked out by hand: what padding must not change, and the penalty on like heads."""
+"""Poolings against numbers worked out by hand, padding, and the penalty on similar heads."""
 
 import copy
 import itertools
@@ -25,16 +25,22 @@ def fill(pooling, **values):
 
 
 def multihead():
-    """Two heads of width 2 whose scores are (ln 3, 0 | 0, 0) and (0, 0 | ln 9, 0), dimension by dimension."""
+    """Two heads of width 2 with scores (ln 3, 0 | 0, 0) and (0, 0 | ln 9, 0) per dimension."""
     return fill(
         POOLINGS["multihead"](2, heads=2),
-        inner_0_weight=[[1.0, 0.0]], inner_0_bias=[0.0], outer_0_weight=[[LN3], [0.0]], outer_0_bias=[5.0, -7.0],
-        inner_1_weight=[[0.0, -1.0]], inner_1_bias=[3.0], outer_1_weight=[[0.0], [LN9]], outer_1_bias=[0.0, 0.0],
-    )  # fmt: skip
+        inner_0_weight=[[1.0, 0.0]],
+        inner_0_bias=[0.0],
+        outer_0_weight=[[LN3], [0.0]],
+        outer_0_bias=[5.0, -7.0],
+        inner_1_weight=[[0.0, -1.0]],
+        inner_1_bias=[3.0],
+        outer_1_weight=[[0.0], [LN9]],
+        outer_1_bias=[0.0, 0.0],
+    )
 
 
-def made(name, width=6):
-    """A pooling with random parameters, large enough that tokens weigh differently."""
+def random_pooling(name, width=6):
+    """A pooling with random parameters, large enough for clearly different token weights."""
     torch.manual_seed(3)
     pooling = POOLINGS[name](width)
     with torch.no_grad():
@@ -58,9 +64,12 @@ def test_max_of_negative_values_is_not_the_padding():
 
 
 def test_generalized_by_hand():
-    """w . h + b is 2a + a - 2a = a = atanh 0.5, and 0 + 2a - 2a = 0: the weights are e^0.5 and 1, over their sum."""
-    pooling = fill(POOLINGS["generalized"](2), score_weight=[[2 * math.atanh(0.5), math.atanh(0.5) / 2]],
-                   score_bias=[-2 * math.atanh(0.5)])  # fmt: skip
+    """w . h + b is 2a + a - 2a = a = atanh 0.5, and 0 + 2a - 2a = 0.
+
+    The weights are e^0.5 and 1, divided by their sum.
+    """
+    a = math.atanh(0.5)
+    pooling = fill(POOLINGS["generalized"](2), score_weight=[[2 * a, a / 2]], score_bias=[-2 * a])
     first, mask = math.exp(0.5) / (math.exp(0.5) + 1), torch.ones(1, 2)
     assert_close(pooling.token_weights(HIDDEN, mask), torch.tensor([[first, 1 - first]]))
     assert_close(pooling(HIDDEN, mask), torch.tensor([[first, 2 * first + 4 * (1 - first)]]))
@@ -69,23 +78,26 @@ def test_generalized_by_hand():
 def test_generalized_weights_differ_by_e_squared_at_most():
     """tanh bounds every score: without it one token could take all the weight."""
     pooling = fill(POOLINGS["generalized"](2), score_weight=[[1e6, 0.0]], score_bias=[0.0])
-    weights = pooling.token_weights(torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]]]), torch.ones(1, 3))[0]
+    weights = pooling.token_weights(
+        torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]]]), torch.ones(1, 3)
+    )[0]
     assert_close(weights[0] / weights[1], torch.tensor(math.e**2))
     assert_close(weights[0] / weights[2], torch.tensor(math.e))
 
 
 def test_multihead_by_hand():
-    """Head 1 weighs dimension 1 by 3/4 and 1/4 and head 2 dimension 2 by 9/10 and 1/10; all else by 1/2 each."""
+    """Weights: head 1, dimension 1: 3/4, 1/4; head 2, dimension 2: 9/10, 1/10; others 1/2."""
     pooling, mask = multihead(), torch.ones(1, 2)
-    assert_close(pooling(HIDDEN, mask), torch.tensor([[0.75, 3.0, 0.5, 0.9 * 2 + 0.1 * 4]]))
+    expected = torch.tensor([[0.75, 3.0, 0.5, 0.9 * 2 + 0.1 * 4]])
+    assert_close(pooling(HIDDEN, mask), expected)
     first = (0.75 + 0.5 + 0.5 + 0.9) / 4
     assert_close(pooling.token_weights(HIDDEN, mask), torch.tensor([[first, 1 - first]]))
 
 
 @pytest.mark.parametrize("name", ["generalized", "multihead"])
 def test_equal_scores_give_the_mean(name):
-    """Parameters of 0 score every token alike; padding, whose e^0 once counted, must not be among them."""
-    pooling = made(name)
+    """Parameters of 0 score all real tokens equally; padding once counted with e^0."""
+    pooling = random_pooling(name)
     with torch.no_grad():
         for parameter in pooling.parameters():
             parameter.zero_()
@@ -98,8 +110,8 @@ def test_equal_scores_give_the_mean(name):
 @pytest.mark.parametrize("name", POOLINGS)
 @pytest.mark.parametrize("mask", [RIGHT, LEFT, (0, 1, 0, 1, 1)], ids=["right", "left", "between"])
 def test_padding_and_batch_mates_change_nothing(name, mask):
-    """[:, -1] read padding, and softmax(score * mask) gave it e^0: a text alone must give what it gives padded."""
-    pooling = made(name)
+    """[:, -1] read padding, and softmax(score * mask) gave it e^0; neither may happen."""
+    pooling = random_pooling(name)
     text, others = torch.randn(1, 3, 6), torch.randn(2, 5, 6)
     alone = pooling(text, torch.ones(1, 3, dtype=torch.long))
     for garbage in (0.0, 1e4, -1e4, 1e30):
@@ -113,10 +125,10 @@ def test_padding_and_batch_mates_change_nothing(name, mask):
 
 
 @pytest.mark.parametrize("name", ["generalized", "multihead"])
-def test_token_weights_are_of_real_tokens_alone(name):
-    """Exactly 0 at padding, 1 in all."""
+def test_token_weights_of_padding_are_zero(name):
+    """Exactly 0 at padding, and the sum is 1."""
     mask = torch.tensor([RIGHT, LEFT, FULL])
-    weights = made(name).token_weights(torch.randn(3, 5, 6), mask)
+    weights = random_pooling(name).token_weights(torch.randn(3, 5, 6), mask)
     assert (weights[mask == 0] == 0).all()
     assert (weights[mask == 1] > 0).all()
     assert_close(weights.sum(1), torch.ones(3))
@@ -124,41 +136,43 @@ def test_token_weights_are_of_real_tokens_alone(name):
 
 @pytest.mark.parametrize("name", POOLINGS)
 def test_padding_has_no_gradient(name):
-    """Nor may training learn from padding."""
+    """Training does not learn from padding."""
     hidden = torch.randn(2, 5, 6, requires_grad=True)
     mask = torch.tensor([RIGHT, LEFT])
-    made(name)(hidden, mask).square().sum().backward()
+    random_pooling(name)(hidden, mask).square().sum().backward()
     assert (hidden.grad[mask == 0] == 0).all()
     assert hidden.grad.isfinite().all()
     assert (hidden.grad[mask == 1] != 0).any()
 
 
 @pytest.mark.parametrize("name", ["last", "mean", "max"])
-def test_poolings_without_parameters_weigh_and_punish_nothing(name):
-    """Only a pooling that learns weights has any to show, or a penalty."""
+def test_poolings_without_parameters_have_no_weights_and_no_penalty(name):
+    """Only a pooling that learns weights can show them or has a penalty."""
     pooling = POOLINGS[name](6)
     assert not list(pooling.parameters())
     assert pooling.token_weights(torch.randn(1, 2, 6), torch.ones(1, 2)) is None
     assert pooling.penalty(torch.randn(1, 2, 6), torch.ones(1, 2)) == 0
 
 
-def near_heads(**weights):
-    """Three heads of width 4, a twentieth apart, so that the penalty's hinge is open; two texts, one of them padded."""
+def similar_heads(**weights):
+    """Three heads of width 4 closer than 1, so that the penalty is positive; two texts."""
     torch.manual_seed(1)
     pooling = POOLINGS["multihead"](4, heads=3, **{"parameter_penalty": 0.0, **weights})
     with torch.no_grad():
         for part in (pooling.inner, pooling.outer):
             for head in (1, 2):
-                for parameter, first in zip(part[head].parameters(), part[0].parameters(), strict=True):
+                pairs = zip(part[head].parameters(), part[0].parameters(), strict=True)
+                for parameter, first in pairs:
                     parameter.copy_(first + 0.05 * torch.randn_like(first))
     return pooling, torch.randn(2, 3, 4), torch.tensor([[1, 1, 1], [1, 1, 0]])
 
 
 def penalty_by_the_formula(pooling, hidden, mask):
-    """sum_{i<j} max(0, 1 - |X^i - X^j|^2) token by token; of W1, of A and of v, each with its weight."""
+    """sum_{i<j} max(0, 1 - |X^i - X^j|^2) text by text, for W1, A and v with their weights."""
 
     def closeness(parts):
-        return sum(max(0.0, 1 - float(((a - b) ** 2).sum())) for a, b in itertools.combinations(parts, 2))
+        pairs = itertools.combinations(parts, 2)
+        return sum(max(0.0, 1 - float(((a - b) ** 2).sum())) for a, b in pairs)
 
     total = pooling.parameter_penalty * closeness([inner.weight for inner in pooling.inner])
     for text, real in zip(hidden, mask.bool(), strict=True):
@@ -173,8 +187,8 @@ def penalty_by_the_formula(pooling, hidden, mask):
 
 @pytest.mark.parametrize("kind", ["parameter", "attention", "vector"])
 def test_penalty_and_its_gradient_against_finite_differences(kind):
-    """Of the formula, written once more in float64, for every parameter and hidden state."""
-    pooling, hidden, mask = near_heads(**{f"{kind}_penalty": 0.7})
+    """Against the formula in float64, for every parameter and hidden state."""
+    pooling, hidden, mask = similar_heads(**{f"{kind}_penalty": 0.7})
     double, states = copy.deepcopy(pooling).double().requires_grad_(False), hidden.double()
     hidden.requires_grad_()
     penalty = pooling.penalty(hidden, mask)
@@ -196,24 +210,27 @@ def test_penalty_and_its_gradient_against_finite_differences(kind):
         found = torch.zeros_like(ours) if ours.grad is None else ours.grad
         assert_close(found.double(), expected, rtol=1e-3, atol=1e-5)
         moved += int(expected.abs().max() > 1e-4)
-    assert moved == (3 if kind == "parameter" else 10)  # W1 of each head; or W1, b1, W2 and the texts: b2 cancels
+    # W1 of each head; or W1, b1, W2 of each and the hidden states (b2 cancels in the softmax)
+    assert moved == (3 if kind == "parameter" else 10)
 
 
 def test_penalties_add_up_and_0_gives_0():
-    """A weight of 0 switches a penalty off, whatever the heads are."""
+    """A weight of 0 turns a penalty off."""
     parts = []
     for kind in ("parameter", "attention", "vector"):
-        pooling, hidden, mask = near_heads(**{f"{kind}_penalty": 0.7})
+        pooling, hidden, mask = similar_heads(**{f"{kind}_penalty": 0.7})
         parts.append(pooling.penalty(hidden, mask).item())
-    pooling, hidden, mask = near_heads(parameter_penalty=0.7, attention_penalty=0.7, vector_penalty=0.7)
+    pooling, hidden, mask = similar_heads(
+        parameter_penalty=0.7, attention_penalty=0.7, vector_penalty=0.7
+    )
     assert pooling.penalty(hidden, mask).item() == pytest.approx(sum(parts), rel=1e-6)
-    pooling, hidden, mask = near_heads()
+    pooling, hidden, mask = similar_heads()
     assert pooling.penalty(hidden, mask).item() == 0
 
 
-def test_the_penalty_pushes_near_heads_apart():
-    """A sign turned round would pull heads together, and a test of its value alone would pass."""
-    pooling, hidden, mask = near_heads(parameter_penalty=1.0)
+def test_the_penalty_pushes_similar_heads_apart():
+    """With the wrong sign it would pull heads together, and only its value would be right."""
+    pooling, hidden, mask = similar_heads(parameter_penalty=1.0)
     before = (pooling.inner[0].weight - pooling.inner[1].weight).detach().norm()
     pooling.penalty(hidden, mask).backward()
     with torch.no_grad():
@@ -223,24 +240,25 @@ def test_the_penalty_pushes_near_heads_apart():
     assert (pooling.inner[0].weight - pooling.inner[1].weight).norm() > before
 
 
-def test_at_the_usual_initialisation_the_parameter_penalty_is_0():
-    """At width 256 heads start further apart than 1, so it changes neither the loss nor, beside it, the gradient."""
+def test_at_the_usual_initialization_the_parameter_penalty_is_0():
+    """At width 256 heads differ by more than 1: neither loss nor gradient changes."""
     torch.manual_seed(0)
     pooling, hidden, mask = POOLINGS["multihead"](256), torch.randn(2, 4, 256), torch.ones(2, 4)
     penalty = pooling.penalty(hidden, mask)
     assert penalty.item() == 0
     (penalty + pooling(hidden, mask).square().mean()).backward()
-    with_it = [parameter.grad.clone() for parameter in pooling.parameters()]
+    with_penalty = [parameter.grad.clone() for parameter in pooling.parameters()]
     pooling.zero_grad()
     pooling(hidden, mask).square().mean().backward()
-    assert all(torch.equal(a, parameter.grad) for a, parameter in zip(with_it, pooling.parameters(), strict=True))
+    without = [parameter.grad for parameter in pooling.parameters()]
+    assert all(map(torch.equal, with_penalty, without))
 
 
 @pytest.mark.parametrize("name", ["generalized", "multihead"])
-def test_weights_are_float32_whatever_the_hidden_states(name):
-    """bfloat16 has 8 bits: a softmax in it would not sum to 1."""
+def test_weights_are_float32_under_autocast(name):
+    """A softmax in bfloat16, which has 8 bits, would not sum to 1."""
     hidden, mask = torch.randn(1, 40, 6), torch.ones(1, 40)
     with torch.autocast("cpu", torch.bfloat16):
-        weights = made(name).token_weights(hidden, mask)
+        weights = random_pooling(name).token_weights(hidden, mask)
     assert weights.dtype == torch.float32
     assert_close(weights.sum(1), torch.ones(1))

@@ -1,104 +1,178 @@
-"""The user's command: what a run leaves, that it can be repeated, resumed and written from, and what is refused."""
+"""The user's command for sonnets: what a run leaves, and that it can be repeated and continued."""
 
-import csv
 import json
+import re
+import shutil
 
+import pandas as pd
 import pytest
+from safetensors.torch import load_file, save_file
 
 from config import InputError
 from sonnet_generation import main, parse_options
 
-SONNETS = "".join(f"\n{number}\n\nFrom fairest\ncreatures\nwe {number}\ndesire\n" for number in range(1, 6))
-SUMMARY = {
-    "task", "model", "method", "seed", "trainable_parameters", "total_parameters", "epochs", "best_epoch",
-    "first_train_loss", "final_train_loss", "best_dev_loss", "train_seconds", "seconds_per_epoch", "tokens_per_second",
-    "peak_memory_gb",
-}  # fmt: skip
+LINES = "From fairest\ncreatures\nwe {0}\ndesire\n"
+SONNETS = "".join(f"\n{number}\n\n{LINES.format(number)}" for number in range(1, 6))
+SUMMARY = """
+    task model method seed trainable_parameters total_parameters epochs best_epoch first_train_loss
+    final_train_loss best_dev_loss train_seconds seconds_per_epoch tokens_per_second peak_memory_gb
+    skipped_steps base_dev_loss dev_loss dev_perplexity dev_bits_per_character test_loss dev_chrf
+    gold_dev_rhymes random_dev_rhymes dev_copied_5grams
+""".split()
+METHODS = pytest.mark.parametrize("method", [(), ("--use_lora",)], ids=["full", "lora"])
 
 
 @pytest.fixture
 def command(folder, tmp_path):
-    """Run the script in this process on the tiny model and five short sonnets; further options may override."""
+    """Run the script on the tiny model and five short sonnets; further options may override."""
     path = tmp_path / "sonnets.txt"
     path.write_text(SONNETS)
-    files = [f"--{name}={path}" for name in ("sonnet_path", "dev_sonnet_path", "held_out_sonnet_path")]
-    common = [f"--model_size={folder}", f"--sonnet_out={tmp_path / 'out.txt'}", "--max_new_tokens=8", "--device=cpu"]
+    names = ("sonnet_path", "dev_sonnet_path", "held_out_sonnet_path")
+    given = [f"--{name}={path}" for name in names] + [f"--sonnet_out={tmp_path / 'out.txt'}"]
+    given += [f"--model_size={folder}", "--max_new_tokens=8", "--device=cpu", "--dtype=float32"]
+    given += ["--epochs=2", "--lr=0.01"]
 
     def run(*options, out="run"):
-        main(parse_options([*files, *common, "--epochs=2", "--lr=0.01", f"--out_dir={tmp_path / out}", *options]))
+        main(parse_options([*given, f"--out_dir={tmp_path / out}", *options]))
         return tmp_path / out
 
     return run
 
 
-def written(path):
+def read(path):
     return path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("--use_lora",), ("--use_lora", "--dtype=bfloat16"), ("--dtype=bfloat16",)], ids=str
+    "options", [(), ("--use_lora", "--dtype=bfloat16"), ("--dtype=bfloat16",)], ids=" ".join
 )
-def test_a_run_leaves_what_it_should(command, tmp_path, options):
-    """Every file of the design, and both copies of the predictions with each prompt unchanged."""
+def test_a_run_leaves_its_files(command, tmp_path, options):
+    """Every file of the design, and both copies of the predictions with unchanged prompts."""
     run = command(*options)
-    assert {"config.json", "metrics.csv", "summary.json", "curves.png"} <= {path.name for path in run.iterdir()}
-    summary = json.loads(written(run / "summary.json"))
-    assert summary.keys() >= SUMMARY
+    names = {"config.json", "metrics.csv", "steps.csv", "summary.json", "curves.png", "resume"}
+    assert names <= {path.name for path in run.iterdir()}
+    summary = json.loads(read(run / "summary.json"))
+    assert summary.keys() >= set(SUMMARY)
     assert summary["epochs"] == 2
     assert summary["base_dev_loss"] > summary["dev_loss"] > 0
-    with open(run / "metrics.csv", newline="", encoding="utf-8") as file:
-        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+    assert pd.read_csv(run / "metrics.csv")["epoch"].tolist() == [1, 2]
     adapter = "--use_lora" in options
     assert (run / "best" / "adapter_model.safetensors").exists() == adapter
     assert (run / "best" / "model.safetensors").exists() != adapter
-    card = written(run / "best" / "README.md")
+    card = read(run / "best" / "README.md")
     assert card.startswith(f"---\nlibrary_name: {'peft' if adapter else 'transformers'}\n")
-    assert f"| dev loss | {summary['dev_loss']:.4f} |\n" in card
-    texts = written(tmp_path / "out.txt")
-    assert texts == written(run / "predictions" / "generated_sonnets.txt")
+    [value] = re.findall(r"\| dev_loss +\| +(\S+) +\|", card)
+    assert float(value) == pytest.approx(summary["dev_loss"], rel=1e-5)
+    texts = read(tmp_path / "out.txt")
+    assert texts == read(run / "predictions" / "generated_sonnets.txt")
     assert all(f"\n\n{n}\n\nFrom fairest\ncreatures\nwe {n}\n" in texts for n in range(1, 6))
 
 
-@pytest.mark.parametrize("method", [(), ("--use_lora",)], ids=["full", "lora"])
-def test_the_best_model_writes_the_runs_texts_again(command, folder, tmp_path, method):
-    """--generate_only from best/, in float32: the same prompts, options and seed give the same file."""
-    best = command(*method, "--dtype=float32") / "best"
-    texts = written(tmp_path / "out.txt")
+@METHODS
+def test_the_best_model_generates_the_same_texts_again(command, folder, tmp_path, method):
+    """--generate_only from best/: the same prompts, options and seed give the same file."""
+    best = command(*method) / "best"
+    texts = read(tmp_path / "out.txt")
     (tmp_path / "out.txt").unlink()
-    path = tmp_path / "sonnets.txt"
     given = [f"--adapter={best}", f"--model_size={folder}"] if method else [f"--model={best}"]
-    main(parse_options(["--generate_only", *given, f"--held_out_sonnet_path={path}", "--max_new_tokens=8",
-                        f"--sonnet_out={tmp_path / 'out.txt'}", "--device=cpu", "--dtype=float32"]))  # fmt: skip
-    assert written(tmp_path / "out.txt") == texts
+    given += [f"--held_out_sonnet_path={tmp_path / 'sonnets.txt'}", "--max_new_tokens=8"]
+    given += [f"--sonnet_out={tmp_path / 'out.txt'}", "--device=cpu", "--dtype=float32"]
+    main(parse_options(["--generate_only", *given]))
+    assert read(tmp_path / "out.txt") == texts
 
 
-@pytest.mark.parametrize("method", [(), ("--use_lora",)], ids=["full", "lora"])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # from PEFT
+@METHODS
+def test_the_model_card_runs(command, method):
+    """The code of best/README.md loads the model with transformers or PEFT."""
+    card = read(command(*method) / "best" / "README.md")
+    code = card.split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(code, names)
+    assert names["model"].config.n_embd == 32
+
+
+@METHODS
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_no_epochs_evaluate_and_write_with_the_base(command, method, dtype):
-    """--epochs 0: the figures before and after are the same, and nothing is kept as the best."""
+def test_no_epochs_evaluate_and_generate_with_the_base(command, method, dtype):
+    """--epochs 0: the metrics before and after are the same, and no best model is saved."""
     run = command(*method, f"--dtype={dtype}", "--epochs=0")
-    summary = json.loads(written(run / "summary.json"))
+    summary = json.loads(read(run / "summary.json"))
     assert summary["dev_loss"] == summary["base_dev_loss"]
+    assert (summary["epochs"], summary["best_epoch"]) == (0, 0)
     assert not (run / "best").exists()
+    assert not (run / "metrics.csv").exists()
 
 
 def test_a_finished_run_is_not_overwritten(command):
-    """Neither run again nor resumed: the folder holds a result."""
-    before = written(command() / "summary.json")
+    """Neither by running again nor by --resume: the folder holds a result."""
+    before = read(command() / "summary.json")
     for again in ((), ("--resume",)):
         with pytest.raises(InputError, match="already holds a run"):
             command(*again)
-    assert written(command(out="other") / "metrics.csv").count("\n") == 3
-    assert json.loads(before)["epochs"] == 2
+    run = command(out="other")
+    assert len(pd.read_csv(run / "metrics.csv")) == 2
+    assert read(run.with_name("run") / "summary.json") == before
 
 
-@pytest.mark.parametrize(("option", "named"), [
-    ("--temperature=-1", "temperature"), ("--epochs=-1", "epochs"), ("--lr=0", "lr"), ("--lora_rank=0", "rank"),
-    ("--adapter=somewhere", "generate_only"), ("--sonnet_path=absent.csv", r"absent\.csv"), ("--device=tpu", "tpu"),
-    ("--model_size=absent", "absent"), ("--dtype=float16", "float16"),
-])  # fmt: skip
+def test_a_changed_base_model_is_not_resumed(command, folder, tmp_path):
+    """Its name is the same, but the SHA-256 of its weights is not."""
+    shutil.copytree(folder, tmp_path / "base")
+    run = command(f"--model_size={tmp_path / 'base'}")
+    (run / "summary.json").unlink()
+    path = tmp_path / "base" / "model.safetensors"
+    original = path.read_bytes()
+    tensors = load_file(path)
+    tensors["transformer.wpe.weight"][0, 0] += 1e-3
+    save_file(tensors, path, metadata={"format": "pt"})
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="already holds a run"):
+        command(f"--model_size={tmp_path / 'base'}", "--resume")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    path.write_bytes(original)
+    assert (command(f"--model_size={tmp_path / 'base'}", "--resume") / "summary.json").exists()
+
+
+def test_changed_data_is_not_resumed(command, tmp_path):
+    """The options are the same, but the SHA-256 of the file is not."""
+    run = command("--epochs=1")
+    (run / "summary.json").unlink()
+    (tmp_path / "sonnets.txt").write_text(SONNETS + "\n9\n\na\nb\nc\nd\n")
+    with pytest.raises(InputError, match="already holds a run"):
+        command("--epochs=1", "--resume")
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ("--temperature=-1", "temperature"),
+        ("--adapter=somewhere", "generate_only"),
+        ("--sonnet_path=absent.csv", r"absent\.csv"),
+        ("--model_size=absent", "absent"),
+    ],
+)
 def test_an_option_that_cannot_be_used_is_named(command, tmp_path, option, named):
-    """Before anything is trained or a folder made: nothing falls back silently."""
+    """Before anything is trained or a folder made."""
     with pytest.raises(InputError, match=named):
         command(option)
     assert not (tmp_path / "run").exists()
+
+
+def test_dev_sonnets_that_are_only_prompts_are_rejected(command, tmp_path):
+    """There would be nothing to compare with; test sonnets may be prompts, without metrics."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("1\n\na\nb\nc\n")
+    with pytest.raises(InputError, match="dev sonnet has no lines after the prompt"):
+        command(f"--dev_sonnet_path={path}")
+    summary = json.loads(read(command(f"--held_out_sonnet_path={path}") / "summary.json"))
+    assert "dev_loss" in summary
+    assert "test_loss" not in summary
+
+
+def test_sonnets_in_both_files_are_noted(command, capsys):
+    """A leak from training to evaluation is shown."""
+    command("--epochs=0")
+    out = capsys.readouterr().out
+    assert all(
+        f"5 {split} sonnets are also in the training file" in out for split in ("dev", "test")
+    )

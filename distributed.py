@@ -1,0 +1,110 @@
+"""Data parallelism with `torchrun --nproc_per_node=N`; a no-op with a single process.
+
+Every process holds the model and takes its share of each batch, and gradients are summed, so N
+processes take the same steps as one. Only the main process (rank 0) prints and writes files.
+"""
+
+import math
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+from config import InputError
+
+
+def is_initialized():
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank():
+    return dist.get_rank() if is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if is_initialized() else 1
+
+
+def is_main_process():
+    return rank() == 0
+
+
+def init(device):
+    """Join the processes that torchrun started; returns the device of this one.
+
+    Raises InputError for more processes than GPUs, or if one GPU is named for all.
+    """
+    launched = dist.is_available() and dist.is_torchelastic_launched()
+    if not launched or int(os.environ["WORLD_SIZE"]) == 1 or is_initialized():
+        return device
+    if device.type == "cuda":
+        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if device.index is not None or local_rank >= gpus:
+            way_out = f"leave --device out and start at most {gpus} processes"
+            raise InputError(f"{device} cannot serve local process {local_rank}: {way_out}")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if not is_main_process():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    return device
+
+
+def shutdown():
+    """Wait for all processes; the main process continues alone and the others exit."""
+    if is_initialized():
+        main = is_main_process()
+        dist.barrier()
+        dist.destroy_process_group()
+        if not main:
+            sys.exit()
+
+
+def from_main_process(make):
+    """The value that `make` returns in the main process; if it fails there, all processes fail."""
+    result = None
+    if is_main_process():
+        try:
+            result = make()
+        except (InputError, OSError) as error:
+            result = error
+    result = all_gather(result)[0]
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def no_bar():
+    """tqdm's `disable`: the main process shows a bar if there is a terminal."""
+    return None if is_main_process() else True
+
+
+def all_gather(value):
+    """The values of all processes in the order of ranks."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def all_sum(*numbers):
+    """The sum of each number over all processes."""
+    return [sum(column) for column in zip(*all_gather(numbers), strict=True)]
+
+
+def sum_gradients(parameters):
+    """Replace gradients by their sums over all processes; one without data contributes 0."""
+    if world_size() > 1:
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for work in [dist.all_reduce(p.grad, async_op=True) for p in parameters]:
+            work.wait()
+
+
+def micro_batches(indices, count):
+    """This process's share of a batch (sorted by length) in at most `count` micro-batches."""
+    share = indices[rank() :: world_size()]
+    size = math.ceil(len(share) / count) or 1
+    return [share[start : start + size] for start in range(0, len(share), size)]
