@@ -80,7 +80,7 @@ def load_adapter(module, folder):
     Raises InputError for unreadable files, unsupported settings, or an adapter of another base.
     """
     gpt = backbone(module)
-    config, matrices = read_adapter(gpt, folder)
+    config, matrices = read_adapter(gpt, folder, base_sha256(gpt))
     for name, layer in lora_layers(gpt).items():
         gpt.set_submodule(name, layer.base)
     apply_lora(gpt, config)
@@ -121,10 +121,10 @@ def mixed_adapters(module, folders):
     gpt = backbone(module)
     if lora_layers(gpt):
         raise InputError("the model already has a LoRA adapter: load the base model again")
-    device = gpt.token_embedding.weight.device
+    device, base = gpt.token_embedding.weight.device, base_sha256(gpt)
     parts = {}  # name of a linear layer -> A, B and active columns of each adapter
     for distinct in dict.fromkeys(folder for folder in folders if folder is not None):
-        config, matrices = read_adapter(gpt, distinct)
+        config, matrices = read_adapter(gpt, distinct, base)
         used = torch.tensor([[float(folder == distinct)] for folder in folders], device=device)
         for name, (a, b) in matrices.items():
             b = b.to(device) * (config.alpha / config.rank)
@@ -148,17 +148,16 @@ def select_rows(module, indices):
             part.active = part.active[indices]
 
 
-def read_adapter(gpt, folder):
-    """An adapter's LoRAConfig, and A and B per linear layer of this GPT-2."""
+def read_adapter(gpt, folder, base):
+    """An adapter's LoRAConfig, and A and B per linear layer; `base` is the GPT-2's base_sha256."""
     config, tensors, note = read_files(Path(folder))
     targets = LINEARS
     if note:
         targets, expected = note["targets"], note["base_sha256"]
-        actual = base_sha256(gpt)
-        if actual != expected:
+        if base != expected:
             raise InputError(
                 f"{folder} was trained on another base (SHA-256 {expected[:12]}..., not "
-                f"{actual[:12]}...): name that base with --model_size"
+                f"{base[:12]}...): name that base with --model_size"
             )
     rank = config.rank
     matrices = {}

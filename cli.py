@@ -73,7 +73,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows defaults, except those that say nothing to a user."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False) or str(action.default).startswith(str(ROOT)):
+        hidden = action.default is None or action.default is False
+        if hidden or str(action.default).startswith(str(ROOT)):
             return action.help
         return super()._get_help_string(action)
 

@@ -147,11 +147,13 @@ class TrainConfig(Settings):
     checkpoint_every: int = option(0, "also save the resume state every this many steps; 0: never")
     dtype: str = option(
         "auto",
-        "precision of matmuls",
+        "precision of matrix multiplications",
         choices=("auto", "float32", "bfloat16", "float16"),
         metavar=None,
     )
-    device: str = option("auto", "auto uses CUDA if available; or cpu, cuda, cuda:1")
+    device: str = option(
+        "auto", "auto uses CUDA if available; or cpu, cuda, cuda:1", metavar="NAME"
+    )
 
 
 @dataclass(frozen=True)

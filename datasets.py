@@ -21,12 +21,12 @@ csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
 QUOTED_FIELD = r'"(?:[^"]|"")*"'
 
 
-def read_text(path, way_out):
+def read_text(path, advice):
     """A UTF-8 file with line ends as \\n; raises InputError if it is not text or not there."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); {way_out}") from error
+        raise InputError(f"{path} cannot be read ({error.strerror}); {advice}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
     if "\0" in text:
@@ -34,14 +34,14 @@ def read_text(path, way_out):
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_table(path, delimiter, columns, way_out):
+def read_table(path, delimiter, columns, advice):
     """All records of a table as strings, with the line that each record ends in as `line`.
 
-    The file must be strict CSV, except that quotes are ambiguous in tab-separated files: if every
-    line has the same number of tabs, and a field with a quote is not quoted as in CSV, all quotes
-    are characters. Raises InputError, with the line, for anything else.
+    The file must be strict CSV. But a tab-separated file may contain quotation marks that are not
+    CSV quoting: if some field does, and all lines have the same number of tabs, quotes are read
+    literally. Raises InputError, with the line, for anything else.
     """
-    text = read_text(path, way_out)
+    text = read_text(path, advice)
     fields = re.split(r"[\t\n]", text)
     has_stray_quote = any('"' in f and not re.fullmatch(QUOTED_FIELD, f) for f in fields)
     tab_counts = {line.count("\t") for line in text.split("\n") if line}
@@ -63,8 +63,8 @@ def read_table(path, delimiter, columns, way_out):
     header = records[0] if records else []
     unusable = ", ".join(name for name in columns if header.count(name) != 1)
     if unusable:
-        found = ", ".join(header)[:200]
-        raise InputError(f"{path} has no column {unusable}, or several; its columns are {found}")
+        columns = ", ".join(header)[:200]
+        raise InputError(f"{path} has no column {unusable}, or several; its columns are {columns}")
     table = pd.DataFrame(records[1:], columns=header, dtype=str)
     return table.loc[:, ~table.columns.duplicated()].assign(line=lines[1:])
 
@@ -74,12 +74,12 @@ def read_sonnets(path):
 
     Raises InputError, naming file and sonnet, for anything else.
     """
-    way_out = "check the path, or leave the option out for the bundled sonnets"
+    advice = "check the path, or leave the option out for the bundled sonnets"
     if Path(path).suffix.lower() == ".csv":
-        sonnets = read_table(path, ",", ("id", "text"), way_out)
+        sonnets = read_table(path, ",", ("id", "text"), advice)
     else:
         number = r"^[ \t]*([0-9]+)[ \t]*$"
-        parts = re.split(number, read_text(path, way_out), flags=re.MULTILINE)
+        parts = re.split(number, read_text(path, advice), flags=re.MULTILINE)
         sonnets = pd.DataFrame({"id": parts[1::2], "text": parts[2::2]})  # parts[0] is a header
     if sonnets.empty:
         raise InputError(f"{path} contains no sonnet: expected a number on a line, then its lines")
@@ -126,7 +126,7 @@ class SonnetsDataset:
         """Tokenize the frame of read_sonnets; raises InputError for a text that is too long."""
         end_of_text = require_end_of_text(gpt)
         self.sequences = []
-        self.characters = []  # spelled by the targets; the end of the text counts as one
+        self.characters = []  # of the targets; the end of the text counts as one
         encoded = gpt.encode(sonnets["text"].tolist())
         for number, text, ids in zip(sonnets["id"], sonnets["text"], encoded, strict=True):
             limit = gpt.config.n_positions
@@ -158,13 +158,13 @@ class SonnetsDataset:
         return [self.collate(indices) for indices in batches]
 
 
-def read_pairs(path, way_out="check the path"):
+def read_pairs(path, advice="check the path"):
     """Pairs with `id`, `sentence1`, `sentence2`, `label` and `line`, from a tab-separated file.
 
     `label` is 0.0, 1.0 or NaN; a file without the column is_duplicate has only NaN. Raises
     InputError, naming file and line, for a file that is not such a table.
     """
-    table = read_table(path, "\t", ("id", "sentence1", "sentence2"), way_out)
+    table = read_table(path, "\t", ("id", "sentence1", "sentence2"), advice)
     pairs = table[["sentence1", "sentence2"]].map(undo_double_quoting)
     pairs["line"] = table["line"]
     pairs["id"] = table["id"].str.strip()

@@ -41,8 +41,8 @@ def init(device):
     if device.type == "cuda":
         local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if device.index is not None or local_rank >= gpus:
-            way_out = f"leave --device out and start at most {gpus} processes"
-            raise InputError(f"{device} cannot serve local process {local_rank}: {way_out}")
+            advice = f"leave --device out and start at most {gpus} processes"
+            raise InputError(f"{device} cannot serve local process {local_rank}: {advice}")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

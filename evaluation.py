@@ -106,14 +106,16 @@ def sonnet_form(texts, train):
         counts += [sum(map(syllables, words(line))) for line in lines[GIVEN_LINES:]]
         for one, other in RHYMING_LINES:
             rhymes.append(other < len(lines) and rhyme(lines[one], lines[other]))
-    known = {gram for text in train for gram in ngrams(text, 5)}
+    train_ngrams = {gram for text in train for gram in ngrams(text, 5)}
     values = {
         "lines": [len(lines) for lines in sonnets],
         "14_line_rate": [len(lines) == 14 for lines in sonnets],
         "rhymes": [value for value in rhymes if value is not None],
         "syllables": counts,
         "syllables_off_ten": [abs(count - 10) for count in counts],
-        "copied_5grams": [g in known for text in texts for g in ngrams(continuation(text), 5)],
+        "copied_5grams": [
+            g in train_ngrams for text in texts for g in ngrams(continuation(text), 5)
+        ],
     }
     return {name: float(np.mean(numbers or 0)) for name, numbers in values.items()}
 

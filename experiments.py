@@ -5,7 +5,7 @@
     python experiments.py poolings --rows last mean    # only rows that contain one of these words
     python experiments.py poolings --dataset quora     # other options go to the task script
 
-Runs are kept in runs/experiments under a hash of script, options, data, base weights and code, so
+Runs are kept in runs/experiments under a hash of script, options, data, base model and code, so
 an interrupted table continues and a change of any of these repeats its runs. Comments and plots do
 not count as code. Failed runs are shown in the table and repeated the next time.
 """
@@ -31,7 +31,7 @@ from config import BUNDLED_MODEL, LINEARS, ROOT, InputError
 from datasets import read_pairs
 from evaluation import bootstrap_interval, mean_interval
 from files import read_json, write_csv, write_text
-from models.hugging_face import WEIGHT_PATTERNS, matching_files
+from models.hugging_face import MODEL_PATTERNS, matching_files
 from pooling import POOLINGS
 from runs import OUTPUT_OPTIONS, code_sha256, file_sha256
 
@@ -75,7 +75,7 @@ EXPERIMENTS = {
         {
             "full fine-tuning": "",
             "LoRA": "--use_lora",
-            "base, not tuned": "--epochs 0",
+            "base model": "--epochs 0",
             "the report's settings: full": REPORT,
             "the report's settings: LoRA": f"{REPORT} --use_lora",
         },
@@ -121,7 +121,7 @@ def run_folder(script, arguments, code):
     values = vars(importlib.import_module(script).parse_options(arguments))
     values = {name: values[name] for name in values if name not in OUTPUT_OPTIONS}
     base = BUNDLED_MODEL if values["model_size"] == "tiny" else Path(values["model_size"])
-    values |= {name: str(base / name) for name in matching_files(base, WEIGHT_PATTERNS)}
+    values |= {name: str(base / name) for name in matching_files(base, MODEL_PATTERNS)}
     for name, value in values.items():
         if isinstance(value, str) and Path(value).is_file():
             values[name] = file_sha256(value)
@@ -163,36 +163,36 @@ def execute(folder, arguments, jobs):
     return None
 
 
-def gather(experiment, options, given):
+def gather(experiment, options, extra_options):
     """The summaries of all runs, one record per row and seed; missing runs are executed first.
 
-    The column `failed` says why a run failed. `given` options follow those of the row.
+    The column `failed` says why a run failed. `extra_options` options follow those of the row.
     """
     code = code_sha256()
     records, missing = [], {}
     for seed in range(FIRST_SEED, FIRST_SEED + options.seeds):  # all rows of a seed, then the next
         for row, row_options in experiment.rows.items():
-            arguments = [*row_options.split(), *given, "--seed", str(seed)]
+            arguments = [*row_options.split(), *extra_options, "--seed", str(seed)]
             folder = run_folder(experiment.script, arguments, code)
             records.append(
                 {"row": row, "seed": seed, "folder": folder, "commit": None, "dtype": None}
             )
             if not is_finished(folder):
                 missing[folder] = arguments
-    old = {folder: run for folder in missing if (run := other_code(folder))}
-    if old:
+    reusable = {folder: run for folder in missing if (run := other_code(folder))}
+    if reusable:
         action = "used" if options.accept_other_code else "repeated (or use --accept_other_code)"
-        print(f"{len(old)} runs were made with other code; they are {action}")
+        print(f"{len(reusable)} runs were made with other code; they are {action}")
     if not options.accept_other_code:
-        old = {}
-    missing = {folder: missing[folder] for folder in missing if folder not in old}
+        reusable = {}
+    missing = {folder: missing[folder] for folder in missing if folder not in reusable}
     with ThreadPoolExecutor(options.jobs) as pool:
         results = pool.map(lambda run: execute(*run, options.jobs), missing.items())
         bar = tqdm(results, total=len(records), initial=len(records) - len(missing), unit="run")
         failed = dict(zip(missing, bar, strict=True))
     for record in records:
         record["failed"] = failed.get(record["folder"])
-        folder = old.get(record["folder"], record["folder"])
+        folder = reusable.get(record["folder"], record["folder"])
         record["folder"] = folder.relative_to(ROOT).as_posix()
         if not record["failed"]:
             config = read_json(folder / "config.json")
@@ -206,7 +206,14 @@ def correct(folder, split):
     options = read_json(ROOT / folder / "config.json")["options"]
     gold = read_pairs(options[f"para_{split}"]).set_index("id")["label"].dropna()
     path = ROOT / folder / "predictions" / f"para-{split}-output.csv"
-    predicted = pd.read_csv(path, skiprows=1, names=["id", "label"], dtype={"id": str}, index_col=0)
+    predicted = pd.read_csv(
+        path,
+        skiprows=1,
+        names=["id", "label"],
+        dtype={"id": str},
+        index_col=0,
+        keep_default_na=False,
+    )
     return (predicted["label"].loc[gold.index] == gold).astype(float)
 
 
@@ -310,23 +317,27 @@ def main():
     add("name", choices=EXPERIMENTS)
     for name, default, text in (("seeds", 5, "runs per row"), ("jobs", 1, "runs at a time")):
         add(f"--{name}", type=int, default=default, choices=range(1, 65), metavar="N", help=text)
-    add("--rows", nargs="+", metavar="WORD", default=[""], help="only rows that contain a word")
+    add("--rows", nargs="+", metavar="WORD", help="only rows that contain one of these words")
     add("--accept_other_code", action="store_true", help="use runs made before the code changed")
-    options, given = parser.parse_known_args()
+    options, extra_options = parser.parse_known_args()
     rows = EXPERIMENTS[options.name].rows
-    chosen = {row: rows[row] for row in rows if any(word in row for word in options.rows)}
+    chosen = {row: rows[row] for row in rows if any(word in row for word in options.rows or [""])}
     if not chosen:
         raise InputError(f"--rows {' '.join(options.rows)} matches none of {'; '.join(rows)}")
     experiment = replace(EXPERIMENTS[options.name], rows=chosen)
     # Runs have other working directories.
-    given = [str(Path(word).resolve()) if Path(word).exists() else word for word in given]
-    reserved = {"--seed", "--out_dir", "--resume"} & {word.partition("=")[0] for word in given}
+    extra_options = [
+        str(Path(word).resolve()) if Path(word).exists() else word for word in extra_options
+    ]
+    reserved = {"--seed", "--out_dir", "--resume"} & {
+        word.partition("=")[0] for word in extra_options
+    }
     if reserved:
         raise InputError(f"{', '.join(reserved)} is set for each run; use --seeds")
-    runs = gather(experiment, options, given)
+    runs = gather(experiment, options, extra_options)
     from plots import draw_experiment  # matplotlib is slow to import
 
-    name = re.sub(r"[^\w.]+", "-", "-".join(filter(None, [options.name, *options.rows, *given])))
+    name = re.sub(r"[^\w.]+", "-", "-".join([options.name, *(options.rows or []), *extra_options]))
     path = str(ROOT / "results" / name)
     text = report(experiment, runs)
     write_csv(Path(f"{path}.csv"), runs)

@@ -87,7 +87,7 @@ def apply_lora(module, config):
 
 
 def merge_lora(module):
-    """Add all updates to their weights and restore plain linear layers; returns `module`.
+    """Add all updates to their weights and restore plain, frozen linear layers; returns `module`.
 
     Raises InputError if the base has been cast, because the merged weights would lose precision.
     """

@@ -83,15 +83,15 @@ def parse_options(arguments=None):
     if options.pair_encoding is None:  # tiny hardly learns to compare texts within a prompt
         tiny = preset_name(options.model_size) == "tiny"
         options.pair_encoding = "separate" if tiny else "joint"
-    if bool(options.model) != options.predict_only:
-        raise InputError(
-            "--predict_only and --model go together; --model_size trains from a folder"
-        )
+    if options.predict_only and not options.model:
+        raise InputError("--predict_only needs --model, the best/ folder of a run")
+    if options.model and not options.predict_only:
+        raise InputError("--model needs --predict_only; --model_size trains from a folder")
     if options.model and not (Path(options.model) / "adapter_config.json").is_file():
         reject_options(parser, options, ("model_size",), "with a --model that is not an adapter")
     if options.pooling != "multihead":
         reject_options(parser, options, PENALTIES, "without --pooling multihead")
-    needed = [f"para_{split}" for split in SPLITS[options.predict_only :]]
+    needed = [f"para_{split}" for split in (SPLITS[1:] if options.predict_only else SPLITS)]
     missing = [name for name in needed if not getattr(options, name)]
     if not missing:
         options.dataset = "files"
@@ -159,10 +159,10 @@ def main(options):
 
 def load_dataset(options, split, model):
     """The pairs of a split as tokens; prints which of them are skipped or truncated."""
-    path, way_out = getattr(options, f"para_{split}"), "check the path"
+    path, advice = getattr(options, f"para_{split}"), "check the path"
     if options.dataset in DATASETS and Path(path).parent == ROOT / "data":
-        way_out = f"python {DATASETS[options.dataset][3]} makes it"
-    dataset = PairsDataset(read_pairs(path, way_out), model.gpt, model.settings["pair_encoding"])
+        advice = f"python {DATASETS[options.dataset][3]} makes it"
+    dataset = PairsDataset(read_pairs(path, advice), model.gpt, model.settings["pair_encoding"])
     if split != "test" and dataset.labels is None:
         raise InputError(f"{path} has no labels in is_duplicate; only test pairs may have none")
     for problem, lines in (
@@ -182,8 +182,8 @@ def evaluate(model, datasets, device, dtype):
         with autocast(device, dtype):
             logits[split] = classify(model, dataset)
         if dataset.labels is not None:
-            found = classification_metrics(logits[split], dataset.labels)
-            metrics |= {f"{split}_{name}": value for name, value in found.items()}
+            results = classification_metrics(logits[split], dataset.labels)
+            metrics |= {f"{split}_{name}": value for name, value in results.items()}
     return logits, metrics
 
 

@@ -25,12 +25,19 @@ from models.hugging_face import portable_name
 
 PACKAGES = ("torch", "transformers", "numpy", "pandas", "safetensors", "sacrebleu", "pronouncing")
 # A run can be resumed if these are the same, and all options except IGNORED_OPTIONS.
-COMPARED = ("data_sha256", "model_sha256", "processes", "device_type", "dtype")
+COMPARED = (
+    "data_sha256",
+    "model_sha256",
+    "model_files_sha256",
+    "processes",
+    "device_type",
+    "dtype",
+)
 OUTPUT_OPTIONS = {"out_dir", "sonnet_out", "para_dev_out", "para_test_out", "resume", "use_gpu"}
 IGNORED_OPTIONS = OUTPUT_OPTIONS | {"checkpoint_every", "gradient_checkpointing"}
 RUN_FILES = ("config.json", "resume", "best", "summary.json", "metrics.csv")
 DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef
-NOT_COMPUTING = {"experiments.py", "plots.py", "cli.py", "runs.py", "files.py"}
+NOT_HASHED = {"experiments.py", "plots.py", "cli.py", "runs.py", "files.py"}
 locks = []  # this process holds them until it ends
 
 
@@ -61,8 +68,8 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
-            way_out = "is a file or inside of one; name a folder"
-            raise InputError(f"--out_dir {named} {way_out}") from None
+            advice = "is a file or inside of one; name a folder"
+            raise InputError(f"--out_dir {named} {advice}") from None
         lock(self.folder)
         write_json(self.folder / "config.json", self.config)
 
@@ -126,6 +133,8 @@ def start_run(task, variant, data, paths, model, options, dtype):
     device = next(model.parameters()).device
     name = [Path(options.model_size).name, *variant, options.method, f"seed{options.seed}"]
     settings = environment(device, dtype, paths) | {"model_sha256": base_sha256(model)}
+    files = ["config.json", *model.gpt.copied_files]
+    settings["model_files_sha256"] = {f: file_sha256(model.gpt.folder / f) for f in files}
     run = distributed.from_main_process(lambda: Run(task, "-".join(name), vars(options), settings))
     method = "full fine-tuning"
     if options.use_lora:
@@ -182,6 +191,7 @@ def summarize(progress):
     if not epochs:
         return {"epochs": 0, "best_epoch": 0, "peak_memory_gb": None}
     seconds = sum(record["seconds"] for record in epochs)
+    tokens = sum(record["tokens_per_second"] * record["seconds"] for record in epochs)
     return {
         "epochs": len(epochs),
         "best_epoch": progress.best_epoch,
@@ -191,7 +201,7 @@ def summarize(progress):
         "best_dev_loss": epochs[progress.best_epoch - 1]["dev_loss"],
         "train_seconds": round(seconds, 3),
         "seconds_per_epoch": round(seconds / len(epochs), 3),
-        "tokens_per_second": round(sum(step["tokens"] for step in progress.steps) / seconds, 1),
+        "tokens_per_second": round(tokens / seconds, 1),
         "skipped_steps": sum(record["skipped_steps"] for record in epochs),
     }
 
@@ -251,7 +261,7 @@ def code_sha256():
     """SHA-256 of the code that decides a result, without comments, docstrings and layout."""
     digest = hashlib.sha256()
     for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("mod*/*.py")]):
-        if path.name in NOT_COMPUTING:
+        if path.name in NOT_HASHED:
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):

@@ -66,12 +66,12 @@ def main(options):
         return
 
     def evaluate(model, splits):
-        metrics = {}
+        results = {}
         for split in splits:
             with autocast(device, dtype):
-                found = language_model_metrics(model, datasets[split], config.batch_size)
-            metrics |= {f"{split}_{name}": value for name, value in found.items()}
-        return metrics
+                metrics = language_model_metrics(model, datasets[split], config.batch_size)
+            results |= {f"{split}_{name}": value for name, value in metrics.items()}
+        return results
 
     # Load
     paths = [getattr(options, name) for name in FILES.values()]
@@ -83,7 +83,7 @@ def main(options):
     model.encode(prompts(sonnets["test"]))  # raises now, not after training, if one is too long
     datasets = make_datasets(sonnets, model.gpt)
     sizes = ", ".join(f"{len(frame)} {split}" for split, frame in sonnets.items())
-    held_out = list(datasets)[1:]
+    held_out = [split for split in datasets if split != "train"]
     run = start_run("sonnets", (), sizes, paths, model, options, dtype)
 
     # Train
@@ -134,10 +134,13 @@ def make_datasets(sonnets, gpt):
         seen = frame["text"].isin(sonnets["train"]["text"]).sum()
         if split != "train" and seen:
             print(f"note: {seen} {split} sonnets are also in the training file")
-        if split == "train" or frame["text"].map(continuation).all():
+        complete = frame["text"].map(continuation).ne("") | (split == "train")
+        if split == "dev" or complete.any():
+            for number in frame["id"][~complete]:
+                raise InputError(
+                    f"{split} sonnet {number} has no lines after the prompt; complete it"
+                )
             datasets[split] = SonnetsDataset(frame, gpt)
-    if "dev" not in datasets:
-        raise InputError("a dev sonnet has no lines after the prompt; name a file of whole sonnets")
     return datasets
 
 

@@ -5,6 +5,7 @@ import math
 import re
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -20,7 +21,6 @@ from files import atomic_folder, write_csv
 from runs import peak_memory_gb
 
 STEP_COLUMNS = ("epoch", "step", "loss", "learning_rate", "gradient_norm")
-SUMS = ("loss_sum", "num_targets", "tokens", "seconds", "skipped")
 MAX_SKIPPED = 30  # float16 steps in succession without a finite gradient; each halves the scale
 
 
@@ -46,7 +46,8 @@ class Progress:
     step: int = 0  # completed steps of the current epoch
     best_epoch: int = 0
     epochs: list = field(default_factory=list)  # the records of metrics.csv
-    steps: list = field(default_factory=list)  # those of steps.csv, with SUMS of each step
+    steps: list = field(default_factory=list)  # the records of steps.csv, as tuples
+    sums: Counter = field(default_factory=Counter)  # over the current epoch
 
 
 class Trainer:
@@ -85,12 +86,15 @@ class Trainer:
                     loss = self.step(indices, learning_rate(len(progress.steps), total, config))
                     bar.update()
                     bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                    due = interval and len(progress.steps) % interval == 0
-                    if any_signal(signals) or due:
-                        self.save(signals)
+                    due = interval > 0 and len(progress.steps) % interval == 0
+                    number = any_signal(signals)
+                    if due or number:
+                        self.save()
+                    self.raise_if_stopped(number)
                 self.end_epoch()
                 tqdm.write(self.describe_epoch())
-                self.save(signals)
+                self.save()
+                self.raise_if_stopped(any_signal(signals))
         if progress.epoch < config.epochs:
             metric = self.task.metric.replace("_", " ")
             print(f"stopped early: {config.patience} epochs without a better {metric}")
@@ -127,25 +131,20 @@ class Trainer:
         scaler.step(self.optimizer)
         scaler.update()
         progress.step += 1
-        record = {
-            "epoch": progress.epoch + 1,
-            "step": progress.step,
-            "loss": loss,
-            "learning_rate": lr,
-            "gradient_norm": norm.item(),
-            "loss_sum": loss_sum,
-            "num_targets": num_targets,
-            "tokens": tokens,
-            "seconds": time.perf_counter() - started,
-            "skipped": not norm.isfinite().item(),
-        }
-        progress.steps.append(record)
+        progress.steps.append((progress.epoch + 1, progress.step, loss, lr, norm.item()))
+        progress.sums.update(
+            loss=loss_sum,
+            num_targets=num_targets,
+            tokens=tokens,
+            seconds=time.perf_counter() - started,
+            skipped=int(not norm.isfinite()),
+        )
         return loss
 
     def check_finite(self, loss, norm, indices):
         """Raise FloatingPointError unless the step can be taken, or float16 scaling skips it."""
         progress = self.progress
-        skipped = sum(step["skipped"] for step in progress.steps[-MAX_SKIPPED:])
+        skipped = sum(not math.isfinite(step[-1]) for step in progress.steps[-MAX_SKIPPED:])
         skippable = self.scaler.is_enabled() and skipped < MAX_SKIPPED
         if not math.isfinite(loss) or not (math.isfinite(norm) or skippable):
             raise FloatingPointError(
@@ -167,13 +166,12 @@ class Trainer:
             if not math.isfinite(value):
                 problem = f"{name} is {value} after epoch {progress.epoch}"
                 raise FloatingPointError(f"{problem}; try a smaller --lr")
-        steps = progress.steps[-self.steps_per_epoch :]
-        sums = {name: sum(step[name] for step in steps) for name in SUMS}
+        sums, progress.sums = progress.sums, Counter()
         record = {
             "epoch": progress.epoch,
-            "train_loss": sums["loss_sum"] / sums["num_targets"],
+            "train_loss": sums["loss"] / sums["num_targets"],
             **metrics,
-            "learning_rate": steps[-1]["learning_rate"],
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
             "seconds": round(sums["seconds"], 3),
             "tokens_per_second": round(sums["tokens"] / sums["seconds"], 1),
             "peak_memory_gb": memory,
@@ -201,8 +199,13 @@ class Trainer:
             line += f"  {record['skipped_steps']} steps skipped (float16 overflow)"
         return line + ("  *best*" if self.progress.best_epoch == record["epoch"] else "")
 
-    def save(self, signals):
-        """Write steps.csv, metrics.csv and the resume state, then stop if there was a signal."""
+    def raise_if_stopped(self, number):
+        if number:
+            name = signal.Signals(number).name
+            raise Interrupted(f"stopped by {name}, saved in {self.run.folder}", number)
+
+    def save(self):
+        """Write steps.csv, metrics.csv and the resume state."""
         rng = [torch.get_rng_state()]
         if self.device.type == "cuda":
             rng.append(torch.cuda.get_rng_state(self.device))
@@ -217,9 +220,6 @@ class Trainer:
             write_csv(self.run.folder / "steps.csv", self.progress.steps, STEP_COLUMNS)
             write_csv(self.run.folder / "metrics.csv", self.progress.epochs)
             self.run.save_state(state)
-        if number := any_signal(signals):
-            name = signal.Signals(number).name
-            raise Interrupted(f"stopped by {name}, saved in {self.run.folder}", number)
 
     def restore(self):
         """The Progress of the run's resume state if it has one, with parameters and random state.

@@ -44,7 +44,9 @@ class GPT2Model(nn.Module):
         cached = cache.length if cache is not None else 0
         total, limit = cached + tokens, self.config.n_positions
         if total > limit:
-            raise InputError(f"{total} tokens, but the model has {limit} positions; shorten it")
+            raise InputError(
+                f"{total} tokens, but the model has {limit} positions; shorten the text"
+            )
         device = input_ids.device
         real = torch.ones(batch, total, dtype=torch.bool, device=device)
         needs_mask = cached > 0 and tokens > 1
@@ -53,7 +55,7 @@ class GPT2Model(nn.Module):
                 raise InputError(f"attention_mask must have the shape {tuple(real.shape)}")
             real = attention_mask.bool()
             # Causality hides right padding, but not padding before a real token.
-            needs_mask = needs_mask or (real[:, 1:] > real[:, :-1]).any()
+            needs_mask = needs_mask or (real[:, 1:] & ~real[:, :-1]).any()
         mask = None
         if needs_mask:
             key = torch.arange(total, device=device)

@@ -38,6 +38,7 @@ COPIED_PATTERNS = (  # saved with a model as they are
     "chat_template*",
     "generation_config.json",
 )
+MODEL_PATTERNS = ("config.json", *COPIED_PATTERNS, *WEIGHT_PATTERNS)
 # config.json: the values that this GPT-2 implements, the first being transformers' default
 SUPPORTED = {
     "model_type": ("gpt2",),
@@ -60,6 +61,8 @@ def quiet_transformers(failure, give_reason=False):
     logging.disable_progress_bar()
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:  # many types; some messages advise to load a pickle without checks
         reason = textwrap.shorten(str(error), 200) if give_reason else type(error).__name__
         raise InputError(f"{failure} ({reason})") from error
@@ -71,7 +74,8 @@ def quiet_transformers(failure, give_reason=False):
 
 def matching_files(folder, patterns):
     """The names of the folder's files that match one of the patterns."""
-    return sorted({path.name for pattern in patterns for path in folder.glob(pattern)})
+    paths = [path for pattern in patterns for path in folder.glob(pattern)]
+    return sorted({path.name for path in paths if path.is_file()})
 
 
 def find_model(model):

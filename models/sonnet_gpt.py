@@ -13,7 +13,7 @@ from config import InputError, SamplingConfig
 from modules.attention import KVCache
 from modules.loss import cross_entropy
 
-TOP_TOKENS = 1024  # tokens that are sorted for sampling, unless their probability is too small
+DRAWS = 16  # per token; after a draw is rejected, about half of the probability remains
 
 
 class SonnetGPT(nn.Module):
@@ -65,8 +65,10 @@ class SonnetGPT(nn.Module):
             return []
         if adapters is not None and len(adapters) != len(prompts):
             raise InputError(f"{len(adapters)} adapters for {len(prompts)} prompts")
+        was_training = self.gpt.training
         with mixed_adapters(self, adapters):
             new_tokens = self.sample_tokens(prompts, sampling, max_lines, seed)
+        self.gpt.train(was_training)
         texts = []
         for prompt, tokens in zip(prompts, new_tokens, strict=True):
             text = first_lines(prompt + self.gpt.decode(tokens), max_lines)
@@ -88,24 +90,24 @@ class SonnetGPT(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         new_tokens = [[] for _ in prompts]
         active = torch.arange(len(prompts))  # the prompts that are still being continued
-        for _ in tqdm(range(steps), "writing", unit="token", delay=2, leave=False, disable=None):
+        for _ in tqdm(range(steps), "generating", unit="token", delay=2, leave=False, disable=None):
             logits = self.next_logits(gpt(tokens, mask, cache)["last_token"], sampling)
-            # One number for every prompt, so that the end of one does not change the others.
-            uniform = torch.rand(len(prompts), generator=generator)[active].to(device)
+            # Numbers for every prompt, so that the end of one does not change the others.
+            uniform = torch.rand(len(prompts), DRAWS, generator=generator)[active].to(device)
             tokens = sample(logits, uniform, sampling)
-            going = []  # positions in `active`
+            running = []  # the rows of the batch that continue
             chosen = zip(active.tolist(), tokens.tolist(), strict=True)
-            for index, (prompt, token) in enumerate(chosen):
+            for row, (prompt, token) in enumerate(chosen):
                 if token != gpt.end_of_text:
                     new_tokens[prompt].append(token)
-                    if not self.has_lines(prompts[prompt], new_tokens[prompt], max_lines):
-                        going.append(index)
-            if not going:
+                    if not self.is_complete(prompts[prompt], new_tokens[prompt], max_lines):
+                        running.append(row)
+            if not running:
                 break
-            if len(going) < len(active):
-                active, tokens, mask = active[going], tokens[going], mask[going]
-                cache.select_rows(going)
-                select_rows(gpt, going)
+            if len(running) < len(active):
+                active, tokens, mask = active[running], tokens[running], mask[running]
+                cache.select_rows(running)
+                select_rows(gpt, running)
             tokens = tokens[:, None]
             mask = F.pad(mask, (0, 1), value=True)
         return new_tokens
@@ -120,7 +122,7 @@ class SonnetGPT(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.float(), self.gpt.token_embedding.weight.float())
 
-    def has_lines(self, prompt, tokens, max_lines):
+    def is_complete(self, prompt, tokens, max_lines):
         """Whether the last token ended the `max_lines`th line; empty lines do not count."""
         if "\n" not in self.gpt.decode(tokens[-1:]):
             return False
@@ -129,37 +131,41 @@ class SonnetGPT(nn.Module):
 
 
 def sample(logits, uniform, sampling):
-    """Next tokens (B,) for logits (B, V) and uniform random numbers (B,) in [0, 1).
+    """Next tokens (B,) for logits (B, V) and uniform random numbers (B, DRAWS) in [0, 1).
 
     Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751) from the `top_k` most probable tokens
     (0: all): of these, the fewest whose probability reaches `top_p` are kept. Temperature 0 is
-    greedy. The whole vocabulary is sorted only for rows whose most probable tokens do not suffice.
+    greedy. Nothing is sorted (rejection sampling, as in FlashInfer by Ye et al. 2025): a token is
+    drawn and, if it is outside of the nucleus, another one from the more probable tokens only.
     """
     if not logits.isfinite().all():
         raise FloatingPointError("the logits are not finite; train or download the model again")
+    tokens = logits.argmax(-1, keepdim=True)  # also if all draws are rejected
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return tokens.squeeze(1)
     logits = logits - logits.amax(-1, keepdim=True)  # at most 0, so no temperature overflows
     probabilities = (logits / max(sampling.temperature, 1e-30)).softmax(-1)
-    kept, tokens = probabilities.topk(min(sampling.top_k or TOP_TOKENS, logits.shape[-1]))
-    if sampling.top_k:
-        return choose(kept / kept.sum(-1, keepdim=True), tokens, uniform, sampling.top_p)
-    chosen = choose(kept, tokens, uniform, sampling.top_p)
-    short = kept.sum(-1) < sampling.top_p
-    if short.any():
-        ordered = probabilities[short].sort(descending=True)
-        chosen[short] = choose(*ordered, uniform[short], sampling.top_p)
-    return chosen
-
-
-def choose(probabilities, tokens, uniform, top_p):
-    """Invert the CDF of the nucleus, for probabilities and tokens (B, n) in descending order."""
-    preceding = probabilities.cumsum(-1) - probabilities  # 0 for the first, which is always kept
-    nucleus = preceding < top_p
-    cdf = (probabilities * nucleus).cumsum(-1)
-    index = (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1, keepdim=True)
-    index = index.minimum(nucleus.sum(-1, keepdim=True) - 1)
-    return tokens.gather(1, index).squeeze(1)
+    vocabulary = torch.arange(logits.shape[-1], device=logits.device)
+    if 0 < sampling.top_k < len(vocabulary):
+        best = probabilities.topk(sampling.top_k)
+        kept = best.values / best.values.sum(-1, keepdim=True)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, best.indices, kept)
+    candidates, pending = probabilities, torch.ones_like(tokens, dtype=torch.bool)
+    for draw in uniform.split(1, dim=1):
+        cdf = candidates.cumsum(-1)
+        drawn = torch.searchsorted(cdf, draw * cdf[:, -1:], right=True).clamp(
+            max=len(vocabulary) - 1
+        )
+        own = probabilities.gather(1, drawn)
+        preceding = (probabilities > own) | ((probabilities == own) & (vocabulary < drawn))
+        candidates = torch.where(preceding, probabilities, 0)  # those that are more probable
+        probability = candidates.sum(-1, keepdim=True)
+        accepted = (probability < sampling.top_p) & (own > 0)
+        tokens = torch.where(pending & accepted, drawn, tokens)
+        pending &= ~accepted
+        if not pending.any():
+            break
+    return tokens.squeeze(1)
 
 
 def first_lines(text, count):

@@ -20,8 +20,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         device_type = hidden.device.type
         # Without gradients (dev losses, model selection) logits are computed in full precision.
-        full = torch.promote_types(hidden.dtype, torch.float32)
-        dtype = full
+        float_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        dtype = float_dtype
         if (need_hidden or need_weight) and torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
         # In float16, most gradients of logits would underflow before they are scaled.
@@ -31,13 +31,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if need_weight else None
         # One buffer for the logits of all chunks: the system clears newly allocated memory.
         buffer = head.new_empty(min(chunk, len(labels)), len(head))
-        total = hidden.new_zeros((), dtype=full)
+        total = hidden.new_zeros((), dtype=float_dtype)
         count = max(1, len(labels))
         with torch.autocast(device_type, enabled=False):
             for start in range(0, len(labels), chunk):
                 inputs = hidden[start : start + chunk].to(dtype)
                 targets = labels[start : start + chunk, None]
-                logits = torch.mm(inputs, head.T, out=buffer[: len(inputs)]).to(full)
+                logits = torch.mm(inputs, head.T, out=buffer[: len(inputs)]).to(float_dtype)
                 largest = logits.amax(-1, keepdim=True)
                 total += (largest - logits.gather(1, targets)).sum()
                 exp_logits = logits.sub_(largest).exp_()  # in place, to hold the chunk once

@@ -1,7 +1,7 @@
 """Kill a run at every write, fsync, rename and removal, and resume it: it must be the same run.
 
 python tests/kill_everywhere.py                                   # about 1,000 kills, many minutes
-python tests/kill_everywhere.py --every 53 --first 20 --random 1  # what the tests do
+python tests/kill_everywhere.py --every 97 --first 20 --random 1  # what the tests do
 
 The parent has imported everything and forks a child per run, so that a run takes less than a
 second. Needs POSIX.

@@ -162,7 +162,7 @@ def test_dev_sonnets_that_are_only_prompts_are_rejected(command, tmp_path):
     """There would be nothing to compare with; test sonnets may be prompts, without metrics."""
     path = tmp_path / "prompts.txt"
     path.write_text("1\n\na\nb\nc\n")
-    with pytest.raises(InputError, match="dev sonnet has no lines after the prompt"):
+    with pytest.raises(InputError, match="dev sonnet 1 has no lines after the prompt"):
         command(f"--dev_sonnet_path={path}")
     summary = json.loads(read(command(f"--held_out_sonnet_path={path}") / "summary.json"))
     assert "dev_loss" in summary
