@@ -113,7 +113,8 @@ def cast_frozen_weights(module, dtype):
     for part in frozen:
         part.to(dtype)
         if part is not gpt.token_embedding:
-            part.weight.data = part.weight.data.T.contiguous().T
+            weight = part.weight.detach().T.contiguous().T
+            part.weight = nn.Parameter(weight, requires_grad=False)
     if casts:
         gpt.cast_sha256 = original, weights_sha256(gpt)
     return module

@@ -23,7 +23,8 @@ import time
 import traceback
 from pathlib import Path
 
-os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+if __name__ == "__main__":  # before torch is imported
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pandas as pd

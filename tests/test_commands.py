@@ -1,5 +1,6 @@
 """The user's command as a process: help, exit codes, a real kill, a signal, and --resume."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from sonnet_generation import main, parse_options
 
@@ -20,7 +22,9 @@ LINES = "From fairest\ncreatures\nwe {0}\ndesire\n"
 def start(script, *options, code=""):
     command = [sys.executable, *(["-c", code] if code else [f"{script}.py"]), *map(str, options)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, **pipes)
+    # As many threads as here: the results of runs are compared bit by bit.
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
 
 
 def finish(process):
