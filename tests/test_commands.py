@@ -22,9 +22,17 @@ LINES = "From fairest\ncreatures\nwe {0}\ndesire\n"
 def start(script, *options, code=""):
     command = [sys.executable, *(["-c", code] if code else [f"{script}.py"]), *map(str, options)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # As many threads as here: the results of runs are compared bit by bit.
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Runs are compared bit by bit, and sums of several threads may differ in their last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def finish(process):
