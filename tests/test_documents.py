@@ -1,12 +1,35 @@
-"""README.md and RESULTS.md name files that exist."""
+"""README.md and RESULTS.md agree with the committed results, and name files that exist."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
+from benchmarks.documents import include_tables
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = pytest.mark.parametrize("name", ["README.md", "RESULTS.md"])
+
+
+@DOCUMENTS
+def test_tables_are_those_of_the_results(name, tmp_path):
+    """A table that was typed or is out of date differs from the file that its marks name."""
+    copy = Path(shutil.copy(ROOT / name, tmp_path / name))
+    include_tables(copy)
+    assert copy.read_text(encoding="utf-8") == (ROOT / name).read_text(encoding="utf-8")
+
+
+@DOCUMENTS
+def test_numbers_in_sentences_are_in_the_results(name):
+    """Numbers with two or more decimals outside of code and tables were written by a command."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    marked = r"```.*?```|<!-- \S+ \d+ -->.*?<!-- end -->|`[^`]*`"
+    prose = re.sub(marked, "", text, flags=re.DOTALL)
+    paths = [*ROOT.glob("results/*.md"), *ROOT.glob("benchmarks/results/*.md")]
+    results = "".join(path.read_text(encoding="utf-8") for path in paths)
+    stale = set(re.findall(r"\d+\.\d\d+", prose)) - set(re.findall(r"\d+\.\d\d+", results))
+    assert not stale, f"{name} says {stale}, which is in no table"
 
 
 @DOCUMENTS
