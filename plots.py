@@ -11,12 +11,14 @@ from files import atomic_write
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe-Ito
 BLUE, ORANGE = COLORS[:2]
-UNITS = {"loss": " (nats)", "accuracy": " (%)", "epoch": " (s)"}
+UNITS = {"loss": " (nats)", "accuracy": " (%)"}
 
 
 def axis_label(metric):
     """The name of a metric with its unit."""
-    return metric.replace("_", " ") + UNITS.get(metric.rpartition("_")[2], "")
+    return metric.replace("_gb", "_(GB)").replace("_", " ") + UNITS.get(
+        metric.rpartition("_")[2], ""
+    )
 
 
 def save(figure, path):

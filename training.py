@@ -240,7 +240,10 @@ class Trainer:
             torch.set_rng_state(state["rng"][rank][0])
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["rng"][rank][1], self.device)
-            return Progress(**state["progress"])
+            progress = Progress(**state["progress"])
+            if progress.epoch != len(progress.epochs):
+                raise ValueError("its epochs do not agree")
+            return progress
         except Exception as error:  # a state of anything else raises almost anything
             path = self.run.state_path
             raise InputError(f"{path} does not fit ({error}); delete it to start over") from error
