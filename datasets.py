@@ -1,7 +1,6 @@
 """Files to validated pandas frames, and frames to token batches."""
 
 import csv
-import io
 import re
 from pathlib import Path
 
@@ -41,13 +40,14 @@ def read_table(path, delimiter, columns, advice):
     CSV quoting: if some field does, and all lines have the same number of tabs, quotes are read
     literally. Raises InputError, with the line, for anything else.
     """
-    text = read_text(path, advice)
-    fields = re.split(r"[\t\n]", text)
-    has_stray_quote = any('"' in f and not re.fullmatch(QUOTED_FIELD, f) for f in fields)
-    tab_counts = {line.count("\t") for line in text.split("\n") if line}
+    text_lines = read_text(path, advice).removesuffix("\n").split("\n")
+    tab_counts = {line.count("\t") for line in text_lines if line}
+    quoted = (field for line in text_lines if '"' in line for field in line.split("\t"))
+    has_stray_quote = any('"' in f and not re.fullmatch(QUOTED_FIELD, f) for f in quoted)
     quotes_are_characters = delimiter == "\t" and len(tab_counts) == 1 and has_stray_quote
     quoting = csv.QUOTE_NONE if quotes_are_characters else csv.QUOTE_MINIMAL
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter, quoting=quoting, strict=True)
+    source = (line + "\n" for line in text_lines)
+    reader = csv.reader(source, delimiter=delimiter, quoting=quoting, strict=True)
     records, lines = [], []
     try:
         for record in filter(None, reader):
@@ -60,6 +60,7 @@ def read_table(path, delimiter, columns, advice):
     except csv.Error as error:
         place = f"{path}, line {reader.line_num}"
         raise InputError(f"{place}: {error}; is a quote missing, or not closed?") from error
+    text_lines.clear()  # or a large table would be in memory twice
     header = records[0] if records else []
     unusable = ", ".join(name for name in columns if header.count(name) != 1)
     if unusable:
