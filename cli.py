@@ -136,7 +136,8 @@ def parse(parser, arguments, task, report, only, unused):
     if options.lr is None:
         tiny = preset_name(options.model_size) == "tiny"
         model = options.preset or (f"tiny {task}" if tiny else "gpt2")
-        options.lr = LEARNING_RATES[model][options.method]
+        rates = LEARNING_RATES.get(model, LEARNING_RATES["gpt2"])  # a new task has none of its own
+        options.lr = rates[options.method]
     return options
 
 
@@ -161,6 +162,14 @@ def reject_options(parser, options, names, where):
         value = getattr(options, name)
         if value != parser.get_default(name):
             raise InputError(f"--{name} {value} has no effect {where}; remove one of the two")
+
+
+def check_text(name, text):
+    """Raise InputError for a text of option `name` that is blank or was not UTF-8."""
+    if not text.strip():
+        raise InputError(f"--{name} {text!r} is empty; give a text")
+    if re.search("[\ud800-\udfff]", text):  # how Python keeps bytes that it cannot decode
+        raise InputError(f"--{name} {text!r} is not UTF-8; save or type it as UTF-8")
 
 
 def check_outputs(options, outputs, inputs):

@@ -184,6 +184,12 @@ def read_pairs(path, advice="check the path"):
     return pairs
 
 
+def make_pairs(texts):
+    """A frame as read_pairs returns it, without labels, from a list of two texts each."""
+    pairs = pd.DataFrame(texts, columns=["sentence1", "sentence2"])
+    return pairs.assign(id=pairs.index, line=pairs.index, label=float("nan"))
+
+
 def undo_double_quoting(text):
     """Undo CSV quoting that is still there after reading, as in the course's files."""
     inner = text[1:-1]

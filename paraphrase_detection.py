@@ -2,8 +2,10 @@
 
 python paraphrase_detection.py --pooling generalized              # minutes: pairs of Bible verses
 python paraphrase_detection.py --model_size gpt2 --dataset quora  # 124M weights, Quora's questions
+python paraphrase_detection.py --predict_only --model runs/.../best --pair "one text" "another"
 """
 
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -13,13 +15,14 @@ from cli import (
     Parser,
     add_common_options,
     check_outputs,
+    check_text,
     exit_cleanly,
     parse,
     preset_name,
     reject_options,
 )
 from config import ROOT, InputError
-from datasets import PAIR_POOL, PairsDataset, bucketed_batches, read_pairs
+from datasets import PAIR_POOL, PairsDataset, bucketed_batches, make_pairs, read_pairs
 from evaluation import classification_metrics, classify
 from files import write_text
 from lora import apply_lora, cast_frozen_weights
@@ -45,6 +48,8 @@ REPORT = {
 }
 REPORT |= {"schedule": "constant", "warmup": 0.0, "max_grad_norm": 0.0}
 SPLITS = ("train", "dev", "test")
+FILE_OPTIONS = ("para_train", "para_dev", "para_test")
+OUTPUTS = ("para_dev_out", "para_test_out")
 DATASETS = {  # the files of train, dev and test, and the script that makes them
     "verses": ("verses-train.csv", "verses-dev.csv", "verses-test.csv", "data/build_verses.py"),
     "quora": (
@@ -56,6 +61,7 @@ DATASETS = {  # the files of train, dev and test, and the script that makes them
 }
 PENALTIES = {"parameter_penalty": 0.01, "attention_penalty": 0.0, "vector_penalty": 0.0}
 SHOWN_ERRORS = 10
+SHOWN_TOKENS = 5
 
 
 def parse_options(arguments=None):
@@ -70,14 +76,16 @@ def parse_options(arguments=None):
         add(f"--{name}", type=float, metavar="N", help=text)
     text = "verses (default), or quora (default of --preset report), see data/download_quora.py"
     add("--dataset", choices=DATASETS, help=text)
-    for split in SPLITS:
-        add(f"--para_{split}", metavar="FILE", help=f"{split} pairs instead of those of --dataset")
-    for split in SPLITS[1:]:
+    for split, name in zip(SPLITS, FILE_OPTIONS, strict=True):
+        add(f"--{name}", metavar="FILE", help=f"{split} pairs instead of those of --dataset")
+    for split, name in zip(SPLITS[1:], OUTPUTS, strict=True):
         path = f"predictions/para-{split}-output.csv"
-        add(f"--para_{split}_out", default=path, metavar="FILE", help=f"predictions of {split}")
+        add(f"--{name}", default=path, metavar="FILE", help=f"predictions of {split}")
     add("--predict_only", action="store_true", help="no training; classify with --model")
     text = "best/ folder of a run for --predict_only; --model_size names the base of an adapter"
     add("--model", metavar="DIR", help=text)
+    text = "two texts for --predict_only instead of the pairs of files; can be repeated"
+    add("--pair", nargs=2, action="append", metavar="TEXT", help=text)
     unused = ("seed", "pooling", "pair_encoding", "para_train", *PENALTIES)
     options = parse(parser, arguments, "paraphrases", REPORT, "predict_only", unused)
     if options.pair_encoding is None:  # tiny hardly learns to compare texts within a prompt
@@ -85,25 +93,37 @@ def parse_options(arguments=None):
         options.pair_encoding = "separate" if tiny else "joint"
     if options.predict_only and not options.model:
         raise InputError("--predict_only needs --model, the best/ folder of a run")
-    if options.model and not options.predict_only:
-        raise InputError("--model needs --predict_only; --model_size trains from a folder")
+    if not options.predict_only:
+        where = "without --predict_only (--model_size trains from a folder)"
+        reject_options(parser, options, ("model", "pair"), where)
     if options.model and not (Path(options.model) / "adapter_config.json").is_file():
         reject_options(parser, options, ("model_size",), "with a --model that is not an adapter")
     if options.pooling != "multihead":
         reject_options(parser, options, PENALTIES, "without --pooling multihead")
-    needed = [f"para_{split}" for split in (SPLITS[1:] if options.predict_only else SPLITS)]
+    if options.pair:
+        for text in chain(*options.pair):
+            check_text("pair", text)
+        names = ("dataset", *FILE_OPTIONS, *OUTPUTS)
+        reject_options(parser, options, names, "with --pair")
+    else:
+        choose_files(options)
+    return options
+
+
+def choose_files(options):
+    """Set the files that --dataset names; raises InputError if some are missing."""
+    needed = FILE_OPTIONS[1:] if options.predict_only else FILE_OPTIONS
     missing = [name for name in needed if not getattr(options, name)]
     if not missing:
         options.dataset = "files"
     elif not options.dataset:
-        if missing != needed:
+        if len(missing) < len(needed):
             raise InputError(f"--{', --'.join(missing)} is missing too; or add --dataset")
         options.dataset = "quora" if options.preset else "verses"
-    for split, file in zip(SPLITS, DATASETS.get(options.dataset, ()), strict=False):
-        if getattr(options, f"para_{split}") is None:
-            setattr(options, f"para_{split}", str(ROOT / "data" / file))
-    check_outputs(options, ("para_dev_out", "para_test_out"), needed)
-    return options
+    for name, file in zip(FILE_OPTIONS, DATASETS.get(options.dataset, ()), strict=False):
+        if getattr(options, name) is None:
+            setattr(options, name, str(ROOT / "data" / file))
+    check_outputs(options, OUTPUTS, needed)
 
 
 def main(options):
@@ -123,7 +143,7 @@ def main(options):
     datasets = {split: load_dataset(options, split, model) for split in SPLITS}
     sizes = ", ".join(f"{len(dataset):,} {split}" for split, dataset in datasets.items())
     variant = (options.pooling, options.pair_encoding)
-    data, paths = f"{options.dataset} ({sizes})", [getattr(options, f"para_{s}") for s in SPLITS]
+    data, paths = f"{options.dataset} ({sizes})", [getattr(options, name) for name in FILE_OPTIONS]
     run = start_run("paraphrases", variant, data, paths, model, options, dtype)
 
     # Train
@@ -154,7 +174,8 @@ def main(options):
         draw_token_weights(run.folder / "attention.png", model, datasets["dev"], logits["dev"])
     chosen = {name: getattr(options, name) for name in ("dataset", "pooling", "pair_encoding")}
     outputs = format_predictions(options, datasets, logits)
-    finish_run(run, "paraphrases", options, progress, chosen | metrics, outputs)
+    code = example_code(run.best_name, model.gpt.name, options.pair_encoding)
+    finish_run(run, "paraphrases", options, progress, chosen | metrics, outputs, code)
 
 
 def load_dataset(options, split, model):
@@ -188,15 +209,32 @@ def evaluate(model, datasets, device, dtype):
 
 
 def predict_only(options, device, dtype):
-    """Classify dev and test pairs with a saved model."""
+    """Classify --pair, or else dev and test pairs, with a saved model."""
     distributed.shutdown()  # one process is enough
     model = ParaphraseGPT.from_pretrained(options.model, options.model_size).to(device)
+    if options.pair:
+        answer_pairs(options.pair, model, device, dtype)
+        return
     datasets = {split: load_dataset(options, split, model) for split in SPLITS[1:]}
     logits, metrics = evaluate(model, datasets, device, dtype)
     for path, text in format_predictions(options, datasets, logits).values():
         write_text(Path(path), text)
         print(f"predictions: {path}")
     print(metrics_table(metrics))
+
+
+def answer_pairs(pairs, model, device, dtype):
+    """Print whether the texts of each pair mean the same, and how a learned pooling weighs them."""
+    dataset = PairsDataset(make_pairs(pairs), model.gpt, model.settings["pair_encoding"])
+    probabilities = evaluate(model, {"test": dataset}, device, dtype)[0]["test"].softmax(1)
+    for index, (probability, answer) in enumerate(zip(*probabilities.max(1), strict=True)):
+        print(f"{ANSWERS[answer]} (probability {probability:.3f}): {' | '.join(pairs[index])}")
+        with autocast(device, dtype):
+            tokens, weights = weighted_tokens(model, dataset, index)
+        heaviest = sorted(zip(weights, tokens, strict=True), reverse=True)[:SHOWN_TOKENS]
+        if heaviest:
+            shown = ", ".join(f"{token!r} {weight:.2f}" for weight, token in heaviest)
+            print(f"largest token weights (1 is the mean): {shown}")
 
 
 def format_predictions(options, datasets, logits):
@@ -217,6 +255,20 @@ def format_predictions(options, datasets, logits):
     return outputs
 
 
+def example_code(best, base, pair_encoding):
+    """Python code for the model card that classifies a pair with the best model."""
+    texts = "The king died.", "Then the king was dead."
+    return (
+        "from datasets import PairsDataset, make_pairs\n"
+        "from evaluation import classify\n"
+        "from models.paraphrase_gpt import ParaphraseGPT\n\n"
+        f"model = ParaphraseGPT.from_pretrained({best!r}, {base!r})\n"
+        f"pairs = make_pairs([{texts}])\n"
+        f"dataset = PairsDataset(pairs, model.gpt, {pair_encoding!r})\n"
+        "print(classify(model, dataset).softmax(1))  # probabilities of no and yes"
+    )
+
+
 def describe_errors(logits, dataset, pairs):
     """Markdown with the misclassified dev pairs of the highest confidence."""
     confidence, predicted = logits.softmax(1).max(1)
@@ -235,28 +287,32 @@ def describe_errors(logits, dataset, pairs):
 
 
 @torch.no_grad()
-def draw_token_weights(path, model, dataset, logits):
-    """Plot a learned pooling's token weights for one dev pair per cell of the confusion matrix."""
-    examples = []
+def weighted_tokens(model, dataset, index):
+    """The tokens of a pair, and their weights by a learned pooling as multiples of the mean."""
+    batch = dataset.collate([index])
     device = next(model.parameters()).device
-    cells = (2 * dataset.labels + logits.argmax(1)).tolist()
-    for cell in sorted(set(cells)):
-        index = cells.index(cell)
-        batch = dataset.collate([index])
-        weights = model.token_weights(
-            batch["input_ids"].to(device), batch["attention_mask"].to(device)
-        )
-        if weights is None:
-            return
-        tokens, relative = [], []
+    ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+    weights = model.token_weights(ids, mask)
+    tokens, relative = [], []
+    if weights is not None:
         for text, row in zip(dataset.texts(index), weights.flatten(0, -2).tolist(), strict=True):
             tokens += [model.gpt.tokenizer.decode([token]) for token in text.tolist()]
             relative += [weight * len(text) for weight in row[: len(text)]]
-        heading = f"{dataset.ids[index]}: label {ANSWERS[cell // 2]}, predicted {ANSWERS[cell % 2]}"
-        examples.append((heading, tokens, relative))
-    from plots import draw_attention  # matplotlib is slow to import
+    return tokens, relative
 
-    draw_attention(path, examples, f"token weights of {model.settings['pooling']} pooling")
+
+def draw_token_weights(path, model, dataset, logits):
+    """Plot a learned pooling's token weights for one dev pair per cell of the confusion matrix."""
+    examples = []
+    cells = (2 * dataset.labels + logits.argmax(1)).tolist()
+    for cell in sorted(set(cells)):
+        index = cells.index(cell)
+        heading = f"{dataset.ids[index]}: label {ANSWERS[cell // 2]}, predicted {ANSWERS[cell % 2]}"
+        examples.append((heading, *weighted_tokens(model, dataset, index)))
+    if examples[0][1]:
+        from plots import draw_attention  # matplotlib is slow to import
+
+        draw_attention(path, examples, f"token weights of {model.settings['pooling']} pooling")
 
 
 if __name__ == "__main__":

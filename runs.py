@@ -86,6 +86,11 @@ class Run:
         return self.folder / "best"
 
     @property
+    def best_name(self):
+        """The path of the best model, relative to the folder of the code if it is inside."""
+        return portable_name(self.best, self.best)
+
+    @property
     def state_path(self):
         return self.folder / "resume" / "state.pt"
 
@@ -154,10 +159,10 @@ def start_run(task, variant, data, paths, model, options, dtype):
     return run
 
 
-def finish_run(run, task, options, progress, metrics, outputs, base_loss=None):
+def finish_run(run, task, options, progress, metrics, outputs, code, base_loss=None):
     """Write predictions, plots, the model card and, last, summary.json: the run is complete.
 
-    `outputs` maps names in predictions/ to the path of a copy and the text.
+    `outputs` maps names in predictions/ to the path of a copy and the text. `code` is for the card.
     """
     for name, (path, text) in outputs.items():
         write_text(Path(path), text)
@@ -168,7 +173,7 @@ def finish_run(run, task, options, progress, metrics, outputs, base_loss=None):
         from plots import draw_curves  # matplotlib is slow to import
 
         draw_curves(run.folder, run.title, base_loss)
-        write_text(run.best / "README.md", model_card(run, summary))
+        write_text(run.best / "README.md", model_card(run, summary, code))
     write_json(run.folder / "summary.json", summary)
     paths = ", ".join(path for path, _ in outputs.values())
     print(f"\n{metrics_table(metrics)}\n\npredictions: {paths}")
@@ -206,17 +211,12 @@ def summarize(progress):
     }
 
 
-def model_card(run, summary):
-    """The README.md of a best model: code that loads it, its options and its metrics."""
+def model_card(run, summary, code):
+    """The README.md of a best model: `code` that uses it, its options and its metrics."""
     options = run.config["options"]
-    library, module, loader = "transformers", "transformers", "AutoModelForCausalLM"
+    library, loader = "transformers", "AutoModelForCausalLM"
     if options["use_lora"]:
-        library, module, loader = "peft", "peft", "AutoPeftModelForCausalLM"
-    arguments = f'"{portable_name(run.best, run.best)}"'
-    if summary["task"] == "paraphrases":
-        module, loader = "models.paraphrase_gpt", "ParaphraseGPT"
-        arguments += f', "{options["model_size"]}"'
-    code = f"from {module} import {loader}\n\nmodel = {loader}.from_pretrained({arguments})"
+        library, loader = "peft", "AutoPeftModelForCausalLM"
     names = ("epochs", "lr", "batch_size", "grad_accumulation", "schedule", "seed")
     settings = ", ".join(f"{name} {options[name]}" for name in names)
     metrics = pd.Series(summary, dtype=object, name="value").rename_axis("metric")
@@ -224,7 +224,8 @@ def model_card(run, summary):
     return (
         f"---\nlibrary_name: {library}\n---\n\n# {run.title}\n\n"
         f"The epoch with the best dev metric. Options: {settings}.\n\n"
-        f"```python\n{code}\n```\n\n{table}\n"
+        f"In the folder of the code:\n\n```python\n{code}\n```\n\n"
+        f"`{library}.{loader}.from_pretrained` loads the language model, too.\n\n{table}\n"
     )
 
 

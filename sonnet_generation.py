@@ -2,8 +2,10 @@
 
 python sonnet_generation.py --use_lora         # minutes on a laptop, with the bundled model
 python sonnet_generation.py --model_size gpt2  # OpenAI's 124M weights, from the Hugging Face hub
+python sonnet_generation.py --generate_only --adapter runs/.../best --prompt "Shall I compare thee"
 """
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from cli import (
     add_common_options,
     add_options,
     check_outputs,
+    check_text,
     exit_cleanly,
     from_options,
     parse,
@@ -47,13 +50,17 @@ def parse_options(arguments=None):
     add("--generate_only", action="store_true", help="no training; use --adapter or --model")
     add("--adapter", metavar="DIR", help="the LoRA adapter of --generate_only")
     add("--model", metavar="DIR", help="the model of --generate_only")
+    text = "with --generate_only, a text to continue instead of the test sonnets; can be repeated, "
+    add("--prompt", action="append", metavar="TEXT", help=f"{text}- reads standard input")
     unused = ("sonnet_path", "dev_sonnet_path")
     options = parse(parser, arguments, "sonnets", REPORT, "generate_only", unused)
     if not options.generate_only:
         where = "without --generate_only (--model_size trains from a folder)"
-        reject_options(parser, options, ("adapter", "model"), where)
+        reject_options(parser, options, ("adapter", "model", "prompt"), where)
     if options.model:
         reject_options(parser, options, ("model_size",), "with --model")
+    if options.prompt:
+        reject_options(parser, options, ("held_out_sonnet_path", "sonnet_out"), "with --prompt")
     check_outputs(options, ("sonnet_out",), tuple(FILES.values()))
     return options
 
@@ -110,8 +117,9 @@ def main(options):
     model = SonnetGPT(gpt).to(device)
     tuned = evaluate(model, held_out)
     merge_lora(model)
-    texts = generate(model, sonnets["test"], sampling, device, dtype)
-    dev_texts = generate(model, sonnets["dev"], sampling | {"max_lines": None}, device, dtype)
+    texts = generate(model, prompts(sonnets["test"]), sampling, device, dtype)
+    sampling["max_lines"] = None
+    dev_texts = generate(model, prompts(sonnets["dev"]), sampling, device, dtype)
     references, train = (sonnets[split]["text"].tolist() for split in ("dev", "train"))
     form = sonnet_metrics(dev_texts, references, train)
 
@@ -120,7 +128,8 @@ def main(options):
     text = format_sonnets(sonnets["test"], texts)
     outputs = {"generated_sonnets.txt": (options.sonnet_out, text)}
     print(f"\n{preview(sonnets['test'], texts)}")
-    finish_run(run, "sonnets", options, progress, metrics, outputs, base["dev_loss"])
+    code = example_code(run.best_name, gpt.name, options.use_lora)
+    finish_run(run, "sonnets", options, progress, metrics, outputs, code, base["dev_loss"])
 
 
 def prompts(sonnets):
@@ -144,32 +153,56 @@ def make_datasets(sonnets, gpt):
     return datasets
 
 
-def generate(model, sonnets, settings, device, dtype):
-    """Continue the first lines of all sonnets."""
+def generate(model, texts, sampling, device, dtype):
+    """Continue all texts."""
     cast_frozen_weights(model.requires_grad_(False), dtype)
     with autocast(device, dtype):
-        return model.generate(prompts(sonnets), **settings)
+        return model.generate(texts, **sampling)
 
 
 def generate_only(options, sampling, device, dtype):
-    """Continue the test sonnets with a saved model or adapter."""
+    """Continue the prompts, or else the test sonnets, with a saved model or adapter."""
     distributed.shutdown()  # one process is enough
-    sonnets = read_sonnets(options.held_out_sonnet_path)
+    if options.prompt:
+        texts = [standard_input() if text == "-" else text for text in options.prompt]
+        for text in texts:
+            check_text("prompt", text)
+    else:
+        sonnets = read_sonnets(options.held_out_sonnet_path)
+        texts = prompts(sonnets)
     source = options.model or options.model_size
     model = SonnetGPT(GPT2Model.from_pretrained(source))
     if options.adapter:
         merge_lora(load_adapter(model, options.adapter))
         source = f"{source} with {options.adapter}"
+    texts = generate(model.to(device), texts, sampling, device, dtype)
+    if options.prompt:
+        print("\n\n".join(texts))
+        return
     print(f"{source} continues {len(sonnets)} sonnets of {options.held_out_sonnet_path}")
-    texts = generate(model.to(device), sonnets, sampling, device, dtype)
     write_text(Path(options.sonnet_out), format_sonnets(sonnets, texts))
     print(f"{preview(sonnets, texts)}\n\nall {len(texts)}: {options.sonnet_out}")
+
+
+def standard_input():
+    return sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
 
 
 def format_sonnets(sonnets, texts):
     """The course's format: a header, then the number and text of each sonnet."""
     blocks = [f"\n{number}\n\n{text}\n" for number, text in zip(sonnets["id"], texts, strict=True)]
     return "--Generated Sonnets--\n\n" + "".join(blocks)
+
+
+def example_code(best, base, use_lora):
+    """Python code for the model card that continues a line with the best model."""
+    imports = "from models.gpt2 import GPT2Model\nfrom models.sonnet_gpt import SonnetGPT"
+    gpt = f"GPT2Model.from_pretrained({best!r})"
+    if use_lora:
+        imports = f"from adapters import load_adapter\n{imports}"
+        gpt = f"load_adapter(GPT2Model.from_pretrained({base!r}), {best!r})"
+    prompt = "Shall I compare thee to a summer's day?\n"
+    return f"{imports}\n\nmodel = SonnetGPT({gpt})\nprint(model.generate([{prompt!r}])[0])"
 
 
 def preview(sonnets, texts):

@@ -147,13 +147,39 @@ def test_a_run_leaves_its_files(command, tmp_path, capsys, options):
     assert "majority_class" in screen
 
 
-def test_the_model_card_runs(plotless, model, monkeypatch):
-    """The code of best/README.md loads the classifier in this repository."""
-    run = plotless("--use_lora", "--pooling=generalized", "--epochs=1")
-    code = read(run / "best" / "README.md").split("```python\n")[1].split("```")[0]
-    loaded = {}
-    exec(code, loaded)
-    assert loaded["model"].settings["pooling"] == "generalized"
+@METHODS
+def test_the_model_card_runs(plotless, capsys, method):
+    """The code of best/README.md classifies its pair as it is, in the repository's root."""
+    run = plotless(*method, "--pooling=generalized", "--pair_encoding=separate", "--epochs=1")
+    capsys.readouterr()
+    exec(read(run / "best" / "README.md").split("```python\n")[1].split("```")[0], {})
+    numbers = re.findall(r"0\.\d+", capsys.readouterr().out)
+    assert sum(map(float, numbers)) == pytest.approx(1, abs=2e-4)
+
+
+@pytest.mark.parametrize("method", [(), ("--use_lora",)], ids=["full", "lora"])
+@pytest.mark.parametrize("pooling", ["last", "generalized"])
+def test_own_pairs_are_answered(plotless, model, files, tmp_path, capsys, method, pooling):
+    """--pair answers as --predict_only does for a file; a learned pooling shows its weights."""
+    best = plotless(*method, f"--pooling={pooling}", "--pair_encoding=separate") / "best"
+    predicted = re.findall(r", ([01]) ", read(tmp_path / "dev-out.csv"))
+    pairs = read_pairs(tmp_path / "dev.csv")
+    before = names(tmp_path)
+    options = ["--predict_only", f"--model={best}", "--device=cpu", "--dtype=float32"]
+    options += [f"--model_size={model}"] if method else []
+    for pair in pairs[["sentence1", "sentence2"]].to_numpy().tolist():
+        options += ["--pair", *pair]
+    capsys.readouterr()
+    main(parse_options(options))
+    lines = capsys.readouterr().out.splitlines()
+    answers = [line for line in lines if not line.startswith("largest")]
+    assert len(lines) == len(answers) * (2 if pooling == "generalized" else 1)
+    for line, answer, first in zip(answers, predicted, pairs["sentence1"], strict=True):
+        word, probability, texts = re.fullmatch(r"(\w+) \(probability (.*)\): (.*)", line).groups()
+        assert word == ("no", "yes")[int(answer)]
+        assert 0.5 <= float(probability) <= 1
+        assert texts.startswith(first)
+    assert names(tmp_path) == before
 
 
 def test_errors_are_the_misclassified_pairs(plotless, tmp_path):
@@ -420,12 +446,23 @@ def test_two_predictions_with_the_same_file_name(plotless, tmp_path):
         ("--para_train=x --para_test=y", "--para_dev"),
         ("--predict_only", "--model"),
         ("--model=x", "--predict_only"),
+        ("--pair a b", "--pair .* without --predict_only"),
+        ("--predict_only --model=x --pair a b --dataset=verses", "--dataset verses .* --pair"),
+        ("--predict_only --model=x --pair a b --para_test_out=y", "--para_test_out y .* --pair"),
+        ("--predict_only --model=x --pair a \udcff", "--pair .* is not UTF-8"),
+        ("--predict_only --model=x --pair a", "--pair: expected 2"),
     ],
 )
 def test_options_that_do_not_go_together_are_named(options, named):
     """Half of a data set is not completed with another's files."""
     with pytest.raises(InputError, match=named):
         parse_options(options.split())
+
+
+def test_an_empty_text_of_a_pair_is_named():
+    """Before the model is loaded."""
+    with pytest.raises(InputError, match="--pair ' ' is empty"):
+        parse_options(["--predict_only", "--model=x", "--pair", "a", " "])
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,24 @@
 """The user's command for sonnets: what a run leaves, and that it can be repeated and continued."""
 
+import importlib
+import io
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from adapters import load_adapter
 from config import InputError
+from models.gpt2 import GPT2Model
+from models.sonnet_gpt import SonnetGPT
 from sonnet_generation import main, parse_options
 
+ROOT = Path(__file__).resolve().parent.parent
 LINES = "From fairest\ncreatures\nwe {0}\ndesire\n"
 SONNETS = "".join(f"\n{number}\n\n{LINES.format(number)}" for number in range(1, 6))
 SUMMARY = """
@@ -81,15 +89,70 @@ def test_the_best_model_generates_the_same_texts_again(command, folder, tmp_path
     assert read(tmp_path / "out.txt") == texts
 
 
+@METHODS
+@pytest.mark.parametrize("base", ["tiny", "folder"])
+def test_the_model_card_runs(command, folder, capsys, method, base):
+    """The code of best/README.md continues its line as it is, in the repository's root."""
+    options = ["--epochs=1", "--model_size=tiny", "--batch_size=5"] if base == "tiny" else []
+    card = read(command(*method, *options) / "best" / "README.md")
+    capsys.readouterr()
+    exec(card.split("```python\n")[1].split("```")[0], {})
+    assert capsys.readouterr().out.startswith("Shall I compare thee to a summer's day?\n")
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # from PEFT
 @METHODS
-def test_the_model_card_runs(command, method):
-    """The code of best/README.md loads the model with transformers or PEFT."""
-    card = read(command(*method) / "best" / "README.md")
-    code = card.split("```python\n")[1].split("```")[0]
-    names = {}
-    exec(code, names)
-    assert names["model"].config.n_embd == 32
+def test_transformers_and_peft_load_the_best_model(command, ids, monkeypatch, method):
+    """With the Auto class that the card names, the same logits as ours."""
+    monkeypatch.chdir(ROOT)
+    best = command(*method) / "best"
+    library, loader = re.findall(r"`(\w+)\.(\w+)\.from_pretrained`", read(best / "README.md"))[0]
+    theirs = getattr(importlib.import_module(library), loader).from_pretrained(best).eval()
+    base = theirs.peft_config["default"].base_model_name_or_path if method else best
+    gpt = GPT2Model.from_pretrained(base)
+    if method:
+        load_adapter(gpt, best)
+    with torch.no_grad():
+        torch.testing.assert_close(SonnetGPT(gpt)(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@METHODS
+def test_own_prompts_are_continued(command, folder, tmp_path, capsys, monkeypatch, method):
+    """--prompt, repeated and from standard input: each text is printed; nothing is written."""
+    best = command(*method) / "best"
+    given = [f"--adapter={best}", f"--model_size={folder}"] if method else [f"--model={best}"]
+    files = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"thy brow\n")))
+    capsys.readouterr()
+    options = ["--generate_only", *given, "--prompt=From", "--prompt=-", "--max_new_tokens=9"]
+    main(parse_options([*options, "--device=cpu"]))
+    out = capsys.readouterr().out
+    first, second = re.fullmatch(r"(From.+)\n\n(thy brow\n.*)\n", out, re.S).groups()
+    assert len(first) > len("From")
+    assert len(second) > len("thy brow\n")
+    assert sorted(tmp_path.rglob("*")) == files
+
+
+@pytest.mark.parametrize("text", ["", " \n", "\udcff", "-"], ids=ascii)
+def test_a_prompt_that_is_no_text_is_named(monkeypatch, text):
+    """Nothing, white space, bytes that are not UTF-8, and an empty standard input."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    with pytest.raises(InputError, match=r"--prompt .* (is empty|is not UTF-8)"):
+        main(parse_options(["--generate_only", f"--prompt={text}"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--prompt=a"], "--prompt .* without --generate_only"),
+        (["--generate_only", "--prompt=a", "--sonnet_out=b"], "--sonnet_out b .* with --prompt"),
+        (["--generate_only", "--prompt=a", "--held_out_sonnet_path=b"], "--held_out_sonnet_path"),
+    ],
+)
+def test_options_that_a_prompt_excludes(options, named):
+    """They would have no effect."""
+    with pytest.raises(InputError, match=named):
+        parse_options(options)
 
 
 @METHODS
