@@ -8,6 +8,7 @@ python paraphrase_detection.py --predict_only --model runs/.../best --pair "one 
 from itertools import chain
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 import distributed
@@ -24,7 +25,7 @@ from cli import (
 from config import ROOT, InputError
 from datasets import PAIR_POOL, PairsDataset, bucketed_batches, make_pairs, read_pairs
 from evaluation import classification_metrics, classify
-from files import write_text
+from files import write_csv, write_text
 from lora import apply_lora, cast_frozen_weights
 from models.gpt2 import GPT2Model
 from models.paraphrase_gpt import ANSWERS, ParaphraseGPT
@@ -171,7 +172,13 @@ def main(options):
     errors = describe_errors(logits["dev"], datasets["dev"], read_pairs(options.para_dev))
     write_text(run.folder / "errors.md", errors)
     with autocast(device, dtype):
-        draw_token_weights(run.folder / "attention.png", model, datasets["dev"], logits["dev"])
+        weights = examples_of_weights(model, datasets["dev"], logits["dev"])
+    if len(weights):
+        from plots import draw_attention  # matplotlib is slow to import
+
+        write_csv(run.folder / "attention.csv", weights)
+        title = f"token weights of {options.pooling} pooling"
+        draw_attention(run.folder / "attention.png", weights, title)
     chosen = {name: getattr(options, name) for name in ("dataset", "pooling", "pair_encoding")}
     outputs = format_predictions(options, datasets, logits)
     code = example_code(run.best_name, model.gpt.name, options.pair_encoding)
@@ -230,10 +237,10 @@ def answer_pairs(pairs, model, device, dtype):
     for index, (probability, answer) in enumerate(zip(*probabilities.max(1), strict=True)):
         print(f"{ANSWERS[answer]} (probability {probability:.3f}): {' | '.join(pairs[index])}")
         with autocast(device, dtype):
-            tokens, weights = weighted_tokens(model, dataset, index)
-        heaviest = sorted(zip(weights, tokens, strict=True), reverse=True)[:SHOWN_TOKENS]
-        if heaviest:
-            shown = ", ".join(f"{token!r} {weight:.2f}" for weight, token in heaviest)
+            weights = token_weights(model, dataset, index)
+        if len(weights):
+            heaviest = weights.nlargest(SHOWN_TOKENS, "weight").itertuples(index=False)
+            shown = ", ".join(f"{token!r} {weight:.2f}" for token, weight in heaviest)
             print(f"largest token weights (1 is the mean): {shown}")
 
 
@@ -287,32 +294,29 @@ def describe_errors(logits, dataset, pairs):
 
 
 @torch.no_grad()
-def weighted_tokens(model, dataset, index):
-    """The tokens of a pair, and their weights by a learned pooling as multiples of the mean."""
+def token_weights(model, dataset, index):
+    """The tokens of a pair and their weights by a learned pooling, as multiples of the mean."""
     batch = dataset.collate([index])
     device = next(model.parameters()).device
     ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
     weights = model.token_weights(ids, mask)
-    tokens, relative = [], []
+    records = []
     if weights is not None:
         for text, row in zip(dataset.texts(index), weights.flatten(0, -2).tolist(), strict=True):
-            tokens += [model.gpt.tokenizer.decode([token]) for token in text.tolist()]
-            relative += [weight * len(text) for weight in row[: len(text)]]
-    return tokens, relative
+            for token, weight in zip(text.tolist(), row, strict=False):  # the rest is padding
+                records.append((model.gpt.tokenizer.decode([token]), weight * len(text)))
+    return pd.DataFrame(records, columns=["token", "weight"])
 
 
-def draw_token_weights(path, model, dataset, logits):
-    """Plot a learned pooling's token weights for one dev pair per cell of the confusion matrix."""
-    examples = []
+def examples_of_weights(model, dataset, logits):
+    """The token weights of one dev pair per cell of the confusion matrix."""
     cells = (2 * dataset.labels + logits.argmax(1)).tolist()
+    frames = []
     for cell in sorted(set(cells)):
         index = cells.index(cell)
-        heading = f"{dataset.ids[index]}: label {ANSWERS[cell // 2]}, predicted {ANSWERS[cell % 2]}"
-        examples.append((heading, *weighted_tokens(model, dataset, index)))
-    if examples[0][1]:
-        from plots import draw_attention  # matplotlib is slow to import
-
-        draw_attention(path, examples, f"token weights of {model.settings['pooling']} pooling")
+        pair = f"{dataset.ids[index]}: label {ANSWERS[cell // 2]}, predicted {ANSWERS[cell % 2]}"
+        frames.append(token_weights(model, dataset, index).assign(pair=pair))
+    return pd.concat(frames)
 
 
 if __name__ == "__main__":

@@ -56,20 +56,27 @@ def draw_curves(folder, title, base_loss):
     save(figure, folder / "curves.png")
 
 
-def draw_attention(path, examples, title):
-    """The weights of tokens relative to uniform ones; examples are (heading, tokens, weights)."""
-    longest = max(len(tokens) for _, tokens, _ in examples)
-    figure = Figure((max(6, 0.16 * longest), 2.3 * len(examples)), layout="constrained")
+def draw_attention(path, weights, title):
+    """Bars of token weights, one panel per pair; `weights` has the columns pair, token, weight."""
+    pairs = list(weights.groupby("pair", sort=False))
+    longest = max(len(tokens) for _, tokens in pairs)
+    figure = Figure((max(6, 0.16 * longest), 2.3 * len(pairs)), layout="constrained")
     figure.suptitle(title, parse_math=False)
-    panels = figure.subplots(len(examples), squeeze=False, sharey=True).flat
-    for axes, (heading, tokens, weights) in zip(panels, examples, strict=True):
-        axes.bar(range(len(tokens)), weights, color=BLUE)
-        axes.axhline(1, color="0.5", linestyle=":")
-        shown = [token.replace("\n", "\u21b5") for token in tokens]
-        axes.set_xticks(range(len(tokens)), shown, rotation=90, fontsize=7, parse_math=False)
-        axes.set_title(heading, fontsize=8, loc="left", parse_math=False)
-        axes.set(ylabel="weight / uniform", xlim=(-1, longest))
+    panels = figure.subplots(len(pairs), squeeze=False, sharey=True).flat
+    for axes, (pair, tokens) in zip(panels, pairs, strict=True):
+        draw_token_weights(axes, tokens)
+        axes.set_title(pair, fontsize=8, loc="left", parse_math=False)
+        axes.set_xlim(-1, longest)
     save(figure, path)
+
+
+def draw_token_weights(axes, weights):
+    """Bars of the weights of one pair's tokens, as multiples of the mean."""
+    axes.bar(range(len(weights)), weights["weight"], color=BLUE)
+    axes.axhline(1, color="0.5", linestyle=":")
+    tokens = weights["token"].str.replace("\n", "\u21b5")
+    axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=7, parse_math=False)
+    axes.set_ylabel("weight / mean")
 
 
 def draw_experiment(path, panels, runs):

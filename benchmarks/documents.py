@@ -1,39 +1,118 @@
-"""Copy tables from committed files into README.md and RESULTS.md.
+"""Make the tables, the plot and the outputs that README.md shows, and copy tables into documents.
 
-python benchmarks/documents.py
+python benchmarks/documents.py        # from the committed results
+python benchmarks/documents.py --run  # first run README.md's commands in a fresh clone
 
-In a document, the lines between <!-- FILE N --> and <!-- end --> are the Nth paragraph of FILE.
+In a document, the lines between <!-- FILE --> and <!-- end --> are those of FILE, and between
+<!-- FILE N --> and <!-- end --> its Nth paragraph.
 """
 
+import argparse
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import ROOT
+from experiments import format_values, markdown
 from files import write_text
+from plots import draw_parameters, draw_token_weights, save
 
-MARKED = re.compile(r"(<!-- (\S+) (\d+) -->)\n.*?<!-- end -->", re.DOTALL)
+MARKED = re.compile(r"<!-- (\S+)( \d+)? -->\n.*?<!-- end -->", re.DOTALL)
+OVERVIEW = ROOT / "results" / "overview"
+OUTPUTS = ROOT / "results" / "outputs"
+TOKEN_WEIGHTS = OUTPUTS / "attention.csv"
+COMMANDS = {  # README.md's, by the name of the file with their output
+    "sonnets": ["sonnet_generation.py", "--use_lora"],
+    "prompt": [
+        *("sonnet_generation.py", "--generate_only"),
+        *("--adapter", "runs/sonnets/tiny-lora-seed11711/best"),
+        *("--prompt", "Shall I compare my laptop to the sun?"),
+    ],
+    "pairs": ["paraphrase_detection.py", "--pooling", "generalized"],
+    "pair": [
+        *("paraphrase_detection.py", "--predict_only"),
+        *("--model", "runs/paraphrases/tiny-generalized-separate-full-seed11711/best"),
+        *("--pair", "And he went up into the mountain.", "Then he climbed the hill."),
+    ],
+}
+
+
+def run_commands():
+    """Run COMMANDS in a fresh clone; keep what they print, and the token weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
+        for name, command in COMMANDS.items():
+            run = [sys.executable, *command]
+            text = subprocess.run(run, cwd=folder, check=True, stdout=subprocess.PIPE).stdout
+            words = [f'"{word}"' if " " in word else word for word in command]
+            lines = f"python {' '.join(words)}\n\n{text.decode().strip()}"
+            block = re.sub(r"\n{2,}", "\n\n", lines).replace(f"{folder}/", "")
+            write_text(OUTPUTS / f"{name}.md", f"```\n{block}\n```\n")
+        [weights] = Path(folder, "runs").glob("paraphrases/*/attention.csv")
+        shutil.copy(weights, TOKEN_WEIGHTS)
+
+
+def write_overview():
+    """The tables and the plot of README.md's first screen."""
+    sonnets = pd.read_csv(ROOT / "results" / "sonnets.csv").groupby("row")
+    steps = pd.read_csv(ROOT / "benchmarks" / "results" / "sonnets.csv")
+    steps = steps[steps["dtype"] == "float32"].set_index("case")
+    table = {}
+    for method, row in (("full", "full fine-tuning"), ("LoRA", "LoRA")):
+        runs, step = sonnets.get_group(row), steps.loc[f"ours, {method}"]
+        table[row] = {
+            "trainable parameters": format_values(runs["trainable_parameters"]),
+            "test loss": format_values(runs["test_loss"]),
+            "seconds per step (124M)": f"{step['step_s']:.2f}",
+            "memory, GB (124M)": f"{step['peak_gb']:.2f}",
+        }
+    methods = pd.DataFrame(table.values(), index=pd.Index(table, name="method"))
+    runs = pd.read_csv(ROOT / "results" / "poolings.csv")
+    runs = runs[runs["row"].str.startswith("separate: ")]
+    runs["pooling"] = runs["row"].str.removeprefix("separate: ")
+    pairs = runs.groupby("pooling", sort=False)[["test_accuracy", "test_loss"]].agg(format_values)
+    write_text(OVERVIEW.with_suffix(".md"), f"{markdown(methods)}\n\n{markdown(pairs)}\n")
+
+    figure = Figure((9, 3.6), layout="constrained")
+    left, right = figure.subfigures(1, 2)
+    runs = pd.read_csv(ROOT / "results" / "lora_rank.csv")
+    draw_parameters(left, list(runs.groupby("row", sort=False)))
+    weights = pd.read_csv(TOKEN_WEIGHTS, keep_default_na=False)
+    example = weights[weights["pair"] == weights["pair"].iloc[-1]]
+    draw_token_weights(right.subplots(), example)
+    save(figure, OVERVIEW.with_suffix(".png"))
 
 
 def include_tables(document):
-    """Replace the marked paragraphs of a document whose source files exist."""
+    """Replace the marked lines of a document whose source files exist."""
 
-    def paragraph(match):
-        source = ROOT / match[2]
-        parts = source.read_text(encoding="utf-8").strip().split("\n\n") if source.is_file() else []
-        number = int(match[3])
-        if number > len(parts):
-            return match[0]
-        return f"{match[1]}\n{parts[number - 1]}\n<!-- end -->"
+    def fresh(match):
+        source, number = ROOT / match[1], match[2]
+        text = source.read_text(encoding="utf-8").strip() if source.is_file() else None
+        if number and text:
+            parts = text.split("\n\n")
+            text = parts[int(number) - 1] if int(number) <= len(parts) else None
+        return f"<!-- {match[1]}{number or ''} -->\n{text}\n<!-- end -->" if text else match[0]
 
-    text = document.read_text(encoding="utf-8")
-    fresh = MARKED.sub(paragraph, text)
-    if fresh != text:
-        write_text(document, fresh)
+    before = document.read_text(encoding="utf-8")
+    after = MARKED.sub(fresh, before)
+    if after != before:
+        write_text(document, after)
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", action="store_true", help="run README.md's commands again")
+    if parser.parse_args().run:
+        run_commands()
+    write_overview()
     for document in ROOT.glob("*.md"):
         include_tables(document)

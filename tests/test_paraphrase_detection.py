@@ -120,7 +120,9 @@ def test_a_run_leaves_its_files(command, tmp_path, capsys, options):
     expected |= {"curves.png", "resume/state.pt", "best/head.safetensors"}
     expected |= {f"predictions/para-{split}-output.csv" for split in ("dev", "test")}
     assert names(run) >= expected
-    assert (run / "attention.png").exists() == learned
+    assert {"attention.png", "attention.csv"} & names(run) == (
+        {"attention.png", "attention.csv"} if learned else set()
+    )
     assert (run / "best" / "adapter_model.safetensors").exists() == lora
     assert (run / "best" / "model.safetensors").exists() != lora
     summary = json.loads(read(run / "summary.json"))
@@ -361,9 +363,7 @@ def test_no_epochs_only_evaluate(plotless, options):
 
 @pytest.mark.parametrize("pooling", ["generalized", "multihead"])
 @pytest.mark.parametrize("pair_encoding", ["joint", "separate"])
-def test_the_token_weights_of_a_pooling(
-    command, model, tmp_path, monkeypatch, pooling, pair_encoding
-):
+def test_the_token_weights_of_a_pooling(command, model, tmp_path, pooling, pair_encoding):
     """Every token of the text and no padding; relative to uniform weights, 1 on average."""
     torch.manual_seed(0)
     classifier = ParaphraseGPT(GPT2Model.from_pretrained(model), pooling, pair_encoding).eval()
@@ -371,22 +371,19 @@ def test_the_token_weights_of_a_pooling(
     dataset = PairsDataset(pairs, classifier.gpt, pair_encoding)
     predicted = torch.tensor([0, 1, 0, 1, 1, 0])  # dev-4 and dev-5 are misclassified
     logits = torch.nn.functional.one_hot(predicted, 2)
-    drawn = []
-    monkeypatch.setattr(plots, "draw_attention", lambda *arguments: drawn.append(arguments))
-    paraphrase_detection.draw_token_weights(None, classifier, dataset, logits)
-    [(_, examples, title)] = drawn
-    assert pooling in title
-    assert [heading for heading, *_ in examples] == [
+    weights = paraphrase_detection.examples_of_weights(classifier, dataset, logits)
+    by_pair = dict(list(weights.groupby("pair", sort=False)))
+    assert list(by_pair) == [
         "dev-0: label no, predicted no",
         "dev-4: label no, predicted yes",
         "dev-5: label yes, predicted no",
         "dev-1: label yes, predicted yes",
     ]
-    for (_, tokens, weights), index in zip(examples, (0, 4, 5, 1), strict=True):
+    for tokens, index in zip(by_pair.values(), (0, 4, 5, 1), strict=True):
         texts = dataset.texts(index)
         decode = classifier.gpt.tokenizer.decode
-        assert "".join(tokens) == "".join(decode(text.tolist()) for text in texts)
-        assert sum(weights) == pytest.approx(sum(map(len, texts)), rel=1e-5)
+        assert "".join(tokens["token"]) == "".join(decode(text.tolist()) for text in texts)
+        assert tokens["weight"].sum() == pytest.approx(sum(map(len, texts)), rel=1e-5)
 
 
 @pytest.mark.parametrize(
