@@ -116,19 +116,19 @@ def add_common_options(parser, task, **train_defaults):
     parser.set_defaults(lr=None, **train_defaults)
 
 
-def parse(parser, arguments, task, report, only, unused):
+def parse(parser, arguments, task, report=None, only=None, unused=()):
     """Parse a script's options and derive `method` and, if it was not given, `lr`.
 
     `report` holds the defaults of --preset report. Raises InputError for an option that would have
     no effect: LoRA's without --use_lora and, with the flag `only`, training options and `unused`.
     """
     if parser.parse_known_args(arguments)[0].preset == "report":
-        parser.set_defaults(**report)
+        parser.set_defaults(**(report or {}))
     options = parser.parse_args(arguments)
     if not options.use_lora:
         lora_options = [f"lora_{name}" for name in vars(LoRAConfig())]
         reject_options(parser, options, lora_options, "without --use_lora")
-    if getattr(options, only):
+    if only and getattr(options, only):
         names = sorted(vars(TrainConfig()).keys() - {"seed", "device", "dtype"})
         names += ["use_lora", "gradient_checkpointing", "out_dir", "resume", *unused]
         reject_options(parser, options, names, f"with --{only}")

@@ -169,16 +169,8 @@ def main(options):
     # Evaluate and report
     del datasets["train"]
     logits, metrics = evaluate(model, datasets, device, dtype)
-    errors = describe_errors(logits["dev"], datasets["dev"], read_pairs(options.para_dev))
-    write_text(run.folder / "errors.md", errors)
     with autocast(device, dtype):
-        weights = examples_of_weights(model, datasets["dev"], logits["dev"])
-    if len(weights):
-        from plots import draw_attention  # matplotlib is slow to import
-
-        write_csv(run.folder / "attention.csv", weights)
-        title = f"token weights of {options.pooling} pooling"
-        draw_attention(run.folder / "attention.png", weights, title)
+        write_examples(run.folder, options, model, datasets["dev"], logits["dev"])
     chosen = {name: getattr(options, name) for name in ("dataset", "pooling", "pair_encoding")}
     outputs = format_predictions(options, datasets, logits)
     code = example_code(run.best_name, model.gpt.name, options.pair_encoding)
@@ -274,6 +266,19 @@ def example_code(best, base, pair_encoding):
         f"dataset = PairsDataset(pairs, model.gpt, {pair_encoding!r})\n"
         "print(classify(model, dataset).softmax(1))  # probabilities of no and yes"
     )
+
+
+def write_examples(folder, options, model, dataset, logits):
+    """errors.md and, for a learned pooling, the token weights of some dev pairs."""
+    errors = describe_errors(logits, dataset, read_pairs(options.para_dev))
+    write_text(folder / "errors.md", errors)
+    weights = examples_of_weights(model, dataset, logits)
+    if len(weights):
+        from plots import draw_attention  # matplotlib is slow to import
+
+        write_csv(folder / "attention.csv", weights)
+        title = f"token weights of {options.pooling} pooling"
+        draw_attention(folder / "attention.png", weights, title)
 
 
 def describe_errors(logits, dataset, pairs):
