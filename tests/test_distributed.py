@@ -157,7 +157,8 @@ def test_a_single_process_needs_no_group():
     assert distributed.micro_batches(indices, 1) == [indices]
     assert distributed.micro_batches(indices, 3) == [[0, 1, 2], [3, 4, 5], [6]]
     assert distributed.micro_batches([1], 4) == [[1]]
-    assert distributed.all_sum(1.5, 2) == [1.5, 2]
+    assert distributed.all_reduce(torch.tensor([1.5, 2])).tolist() == [1.5, 2]
+    assert distributed.flat_gradients([torch.zeros(3)]) is None
     assert distributed.all_gather("a") == ["a"]
     assert distributed.from_main_process(lambda: 3) == 3
     state = (distributed.rank(), distributed.world_size(), distributed.is_main_process())

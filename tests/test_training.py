@@ -56,13 +56,14 @@ def fit(
         return (weight - batch["values"]).square().mean()
 
     def collate(indices):
-        return {"values": torch.tensor(indices), "attention_mask": torch.ones(1, len(indices))}
+        return {"values": torch.tensor(indices)}
 
     task = Task(
         batches=lambda epoch: list(values),
         collate=collate,
         loss=loss,
-        num_targets=lambda batch: len(batch["values"]),
+        num_targets=len,
+        num_tokens=len,
         evaluate=evaluate,
         save=lambda model, folder: (folder / "weight").write_text(str(model.weight.item())),
         larger_is_better=larger_is_better,
@@ -216,9 +217,10 @@ def test_only_what_requires_a_gradient_is_trained(tmp_path):
     before = [layer.weight.clone() for layer in model]
     task = Task(
         batches=lambda epoch: [[0]],
-        collate=lambda indices: {"attention_mask": torch.ones(1, 1)},
+        collate=lambda indices: {},
         loss=lambda model, batch: model(torch.ones(1)).square().sum(),
-        num_targets=lambda batch: 1,
+        num_targets=len,
+        num_tokens=len,
         evaluate=lambda model: {"dev_loss": 1.0},
         save=lambda model, folder: None,
     )
