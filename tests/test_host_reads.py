@@ -10,12 +10,14 @@ import sys
 import pandas as pd
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import training
 from config import LoRAConfig, TrainConfig
 from datasets import PairsDataset, SonnetsDataset
 from lora import apply_lora
-from models.gpt2 import GPT2Model
+from models.gpt2 import GPT2Model, to_device
 from models.paraphrase_gpt import ParaphraseGPT
 from models.sonnet_gpt import SonnetGPT
 from pooling import POOLINGS
@@ -46,6 +48,25 @@ def reads(monkeypatch):
     monkeypatch.setattr(names, "_get_fused_kernels_supported_devices", lambda: ["meta"])
     monkeypatch.setitem(training.LOG_INTERVALS, "meta", 10)
     return shapes
+
+
+class Copies(TorchDispatchMode):
+    """The operations that take a tensor of the host and one of the device, and how they copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.waiting = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.ndim]
+        on_host = any(tensor.device.type == "cpu" for tensor in tensors)
+        outputs = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        on_device = any(tensor.device == META for tensor in [*tensors, *outputs])
+        if on_host and on_device and not kwargs.get("non_blocking"):
+            self.waiting.append(str(function))
+        return result
 
 
 def make_trainer(folder, path, kind, pooling="generalized", **settings):
@@ -103,6 +124,27 @@ def test_no_pooling_reads(folder, tmp_path, reads, pooling):
     assert (len(trainer.unread), reads) == (1, [])
 
 
+@KINDS
+def test_no_copy_to_the_device_waits(folder, tmp_path, reads, kind):
+    """A copy without non_blocking, or an index on the host, waits for all work before it."""
+    trainer = make_trainer(folder, tmp_path, kind, grad_accumulation=2, max_grad_norm=1.0)
+    trainer.model.train()
+    with Copies() as copies:
+        trainer.step(EPOCH[0], 0.1)
+    assert copies.waiting == []
+
+
+def test_copies_are_made_from_pinned_memory(monkeypatch):
+    """From pageable memory, the host would wait although non_blocking is set."""
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pin") or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: calls.append((a, k)) or self)
+    for name in ("cpu", "cuda"):
+        to_device(torch.ones(1), torch.device(name))
+    copied = [((torch.device(name),), {"non_blocking": True}) for name in ("cpu", "cuda")]
+    assert calls == [copied[0], "pin", copied[1]]
+
+
 def test_a_checkpoint_is_a_log_step(folder, tmp_path, reads, monkeypatch):
     """What is saved has been read and checked, and no step is missing in steps.csv."""
     saved = []
@@ -119,7 +161,9 @@ def test_decoding_reads_once_per_token(gpt, reads, monkeypatch, temperature, top
     model, complete = SonnetGPT(gpt.to(META)), iter([False] * 3 + [True] + [False] * 99)
     monkeypatch.setattr(model, "is_complete", lambda *_: next(complete))
     settings = {"temperature": temperature, "top_k": top_k, "max_new_tokens": 6}
-    model.generate(TEXTS[:3], **settings)
+    with Copies() as copies:
+        model.generate(TEXTS[:3], **settings)
+    assert copies.waiting == []
     assert reads == [(3,), (3,), (2,), (2,), (2,), (2,)]
 
 
