@@ -20,6 +20,7 @@ from lora import apply_lora
 from models.gpt2 import GPT2Model, to_device
 from models.paraphrase_gpt import ParaphraseGPT
 from models.sonnet_gpt import SonnetGPT
+from modules.attention import KVCache
 from pooling import POOLINGS
 from runs import Run
 from training import Task, Trainer
@@ -160,6 +161,13 @@ def test_decoding_reads_once_per_token(gpt, reads, monkeypatch, temperature, top
     """Also after a text has left the batch: here the first does after its second token."""
     model, complete = SonnetGPT(gpt.to(META)), iter([False] * 3 + [True] + [False] * 99)
     monkeypatch.setattr(model, "is_complete", lambda *_: next(complete))
+    select = KVCache.select_rows
+
+    def select_rows(cache, rows):  # a list would be copied to the device unseen
+        assert rows.device == META
+        select(cache, rows)
+
+    monkeypatch.setattr(KVCache, "select_rows", select_rows)
     settings = {"temperature": temperature, "top_k": top_k, "max_new_tokens": 6}
     with Copies() as copies:
         model.generate(TEXTS[:3], **settings)

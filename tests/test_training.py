@@ -151,6 +151,35 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, factor):
             fit(tmp_path / str(dtype), factors=(1, factor), dtype=dtype)
 
 
+@pytest.mark.parametrize("checkpoint_every", [0, 3])
+@pytest.mark.parametrize("spoiled", ["loss", "gradient norm"])
+def test_between_log_steps_nothing_bad_is_saved(tmp_path, monkeypatch, spoiled, checkpoint_every):
+    """On a GPU, losses are read every ten steps: before the evaluation and any save, too."""
+    monkeypatch.setitem(training.LOG_INTERVALS, "cpu", 10)
+    values = [(1.0,), (math.nan,), (3.0,), (4.0,)]
+    factors = ()
+    if spoiled == "gradient norm":
+        values[1], factors = (2.0,), (1, math.inf)
+    settings = {"factors": factors, "checkpoint_every": checkpoint_every}
+    with pytest.raises(FloatingPointError, match=f"{spoiled} (nan|inf).* at epoch 1, step 2 "):
+        fit(tmp_path, values=values, **settings)
+    assert not (tmp_path / "best").exists()
+    assert not (tmp_path / "resume").exists()
+    assert not (tmp_path / "steps.csv").exists()
+
+
+def test_the_log_interval_changes_no_result(tmp_path, monkeypatch):
+    """Epochs of 12 steps: the same steps.csv and metrics, and the same state after a resume."""
+    values, outcomes = [(float(step),) for step in range(12)], []
+    for interval in (1, 10):
+        monkeypatch.setitem(training.LOG_INTERVALS, "cpu", interval)
+        run, progress, weights = fit(tmp_path / str(interval), (2.0, 1.0), values=values, lr=1e-3)
+        records = [(record["train_loss"], record["skipped_steps"]) for record in progress.epochs]
+        outcomes.append(((run.folder / "steps.csv").read_bytes(), records, weights))
+    assert outcomes[0] == outcomes[1]
+    assert len(progress.steps) == 24
+
+
 def test_float16_skips_a_step_that_overflows(tmp_path, capsys):
     """The weight stays, the scale is halved; the count is in metrics.csv and on the screen."""
     values = ((1.0,), (1.0,), (1.0,))
