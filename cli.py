@@ -61,10 +61,14 @@ def exit_cleanly():
 
 
 def resume_command():
-    """The command that continues this run."""
+    """The command that continues this run; with several nodes, each has its own."""
     launcher = "python"
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = f"torchrun --nproc_per_node={os.environ['WORLD_SIZE']}"
+        launcher = "torchrun --nproc_per_node={LOCAL_WORLD_SIZE}"
+        if os.environ["GROUP_WORLD_SIZE"] != "1":
+            launcher += " --nnodes={GROUP_WORLD_SIZE} --node_rank={GROUP_RANK}"
+            launcher += " --master_addr={MASTER_ADDR} --master_port={MASTER_PORT}"
+        launcher = launcher.format(**os.environ)
     arguments = sys.argv if "--resume" in sys.argv else [*sys.argv, "--resume"]
     return f"{launcher} {shlex.join(arguments)}"
 

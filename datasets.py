@@ -138,25 +138,20 @@ class SonnetsDataset:
         self.lengths = [len(sequence) for sequence in self.sequences]
 
     def collate(self, indices):
-        """Right-padded input_ids, attention_mask and labels (B, T), and their characters.
+        """Right-padded input_ids and labels (B, T).
 
         labels[t] is the token after input_ids[t]; padding is IGNORE_INDEX.
         """
-        batch = pad([self.sequences[index][:-1] for index in indices])
+        inputs = [self.sequences[index][:-1] for index in indices]
         targets = [self.sequences[index][1:] for index in indices]
-        batch["labels"] = pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)
-        batch["characters"] = sum(self.characters[index] for index in indices)
-        return batch
+        return {
+            "input_ids": pad_sequence(inputs, batch_first=True),
+            "labels": pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX),
+        }
 
-    @staticmethod
-    def num_targets(batch):
-        """The number of labels that are not ignored."""
-        return int((batch["labels"] != IGNORE_INDEX).sum())
-
-    def batches_in_order(self, batch_size):
-        """All batches in the order of the file, for evaluation."""
-        batches = split(range(len(self.sequences)), batch_size)
-        return [self.collate(indices) for indices in batches]
+    def num_targets(self, indices):
+        """The number of labels that are not ignored, and of input tokens without padding."""
+        return sum(self.lengths[index] - 1 for index in indices)
 
 
 def read_pairs(path, advice="check the path"):
@@ -277,10 +272,18 @@ class PairsDataset:
     def collate(self, indices):
         """Right-padded input_ids and attention_mask, (B, T) or (B, 2, T), and labels (B,)."""
         texts = [text for index in indices for text in self.texts(index)]
-        batch = pad([torch.from_numpy(text.astype(int)) for text in texts])
+        texts = [torch.from_numpy(text.astype(int)) for text in texts]
+        batch = {
+            "input_ids": pad_sequence(texts, batch_first=True),
+            "attention_mask": pad_sequence(list(map(torch.ones_like, texts)), batch_first=True),
+        }
         if self.separate:
             batch = {name: value.unflatten(0, (-1, 2)) for name, value in batch.items()}
         return batch if self.labels is None else {**batch, "labels": self.labels[indices]}
+
+    def num_tokens(self, indices):
+        """The number of input tokens without padding."""
+        return sum(len(text) for index in indices for text in self.texts(index))
 
 
 def require_end_of_text(gpt):
@@ -288,15 +291,6 @@ def require_end_of_text(gpt):
     if gpt.end_of_text is None:
         raise InputError(f"{gpt.folder} has no end-of-text token: set eos_token_id in config.json")
     return gpt.end_of_text
-
-
-def pad(texts):
-    """Right-padded input_ids and attention_mask."""
-    masks = [torch.ones_like(ids) for ids in texts]
-    return {
-        "input_ids": pad_sequence(texts, batch_first=True),
-        "attention_mask": pad_sequence(masks, batch_first=True),
-    }
 
 
 def bucketed_batches(lengths, batch_size, seed, epoch, pool=8):

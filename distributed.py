@@ -45,7 +45,10 @@ def init(device):
             raise InputError(f"{device} cannot serve local process {local_rank}: {advice}")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     if not is_main_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     return device
@@ -88,19 +91,26 @@ def all_gather(value):
     return values
 
 
-def all_sum(*numbers):
-    """The sum of each number over all processes."""
-    return [sum(column) for column in zip(*all_gather(numbers), strict=True)]
-
-
-def sum_gradients(parameters):
-    """Replace gradients by their sums over all processes; one without data contributes 0."""
+def all_reduce(tensor):
+    """Replace a tensor by its sum over all processes; returns it."""
     if world_size() > 1:
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        for work in [dist.all_reduce(p.grad, async_op=True) for p in parameters]:
-            work.wait()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def flat_gradients(parameters):
+    """Make all gradients views of one tensor, which one all-reduce sums; returns it.
+
+    None with a single process, which needs no second copy of the gradients. Gradients have the
+    layout of their parameters: torch 2.13's fused AdamW computes wrong updates on a CPU otherwise.
+    """
+    if world_size() == 1:
+        return None
+    sizes = [parameter.numel() for parameter in parameters]
+    flat = parameters[0].new_zeros(sum(sizes))
+    for parameter, part in zip(parameters, flat.split(sizes), strict=True):
+        parameter.grad = part.as_strided(parameter.shape, parameter.stride())
+    return flat
 
 
 def micro_batches(indices, count):

@@ -35,16 +35,16 @@ def language_model_metrics(model, dataset, batch_size):
     Bits per character divide the same loss by characters, so that tokenizers are comparable.
     """
     device = next(model.parameters()).device
-    sums = np.zeros(3)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     model.eval()
-    batches = dataset.batches_in_order(batch_size)
-    for batch in batches[distributed.rank() :: distributed.world_size()]:
-        count = dataset.num_targets(batch)
-        loss = model.loss(batch["input_ids"].to(device), batch["labels"].to(device))
-        sums += (loss.item() * count, count, batch["characters"])
-    loss_sum, tokens, characters = distributed.all_sum(*sums.tolist())
-    loss = loss_sum / tokens
-    bits = loss_sum / math.log(2) / characters
+    everything = range(len(dataset.sequences))
+    batches = split(everything, batch_size)
+    for indices in batches[distributed.rank() :: distributed.world_size()]:
+        batch = {name: tensor.to(device) for name, tensor in dataset.collate(indices).items()}
+        loss_sum += model.loss(**batch).double() * dataset.num_targets(indices)
+    loss_sum = distributed.all_reduce(loss_sum).item()
+    loss = loss_sum / dataset.num_targets(everything)
+    bits = loss_sum / math.log(2) / sum(dataset.characters)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_character": bits}
 
 
@@ -150,7 +150,8 @@ def classify(model, dataset):
     batches = split(order, BATCH_SIZE)[distributed.rank() :: distributed.world_size()]
     for indices in tqdm(batches, "evaluating", delay=2, leave=False, disable=distributed.no_bar()):
         batch = dataset.collate(indices)
-        output = model(batch["input_ids"].to(device), batch["attention_mask"].to(device))
+        ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+        output = model(ids, mask, right_padded=True)
         logits[indices] = output.float().cpu()
     logits = sum(distributed.all_gather(logits))  # each process filled its own rows
     if not logits.isfinite().all():

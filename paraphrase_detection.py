@@ -154,8 +154,9 @@ def main(options):
     task = Task(
         batches=lambda epoch: bucketed_batches(lengths, step_size, config.seed, epoch, PAIR_POOL),
         collate=datasets["train"].collate,
-        loss=lambda model, batch: model.loss(**batch),
-        num_targets=lambda batch: len(batch["labels"]),
+        loss=lambda model, batch: model.loss(**batch, right_padded=True),
+        num_targets=len,
+        num_tokens=datasets["train"].num_tokens,
         evaluate=lambda model: evaluate(model, {"dev": datasets["dev"]}, device, dtype)[1],
         save=ParaphraseGPT.save_pretrained,
         metric="dev_accuracy",

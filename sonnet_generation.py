@@ -101,8 +101,9 @@ def main(options):
     task = Task(
         batches=lambda epoch: bucketed_batches(lengths, step_size, config.seed, epoch),
         collate=datasets["train"].collate,
-        loss=lambda model, batch: model.loss(batch["input_ids"], batch["labels"]),
-        num_targets=SonnetsDataset.num_targets,
+        loss=lambda model, batch: model.loss(**batch),
+        num_targets=datasets["train"].num_targets,
+        num_tokens=datasets["train"].num_targets,
         evaluate=lambda model: evaluate(model, ["dev"]),
         save=save_adapter if options.use_lora else SonnetGPT.save_pretrained,
     )

@@ -11,16 +11,19 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import distributed
 from cli import from_options
 from config import InputError, Interrupted, LoRAConfig, TrainConfig
 from files import atomic_folder, write_csv
+from models.gpt2 import to_device
 from runs import peak_memory_gb
 
 STEP_COLUMNS = ("epoch", "step", "loss", "learning_rate", "gradient_norm")
+LOG_INTERVALS = {"cpu": 1, "cuda": 10}  # steps between two reads of the losses: the host waits
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 MAX_SKIPPED = 30  # float16 steps in succession without a finite gradient; each halves the scale
 
 
@@ -29,9 +32,10 @@ class Task:
     """What the training loop needs to know about a task."""
 
     batches: Callable  # epoch -> list of batches, each a list of indices
-    collate: Callable  # indices -> dict of tensors
+    collate: Callable  # indices -> dict of the tensors that the loss needs
     loss: Callable  # model, tensors -> mean over the targets
-    num_targets: Callable  # tensors -> int
+    num_targets: Callable  # indices -> int
+    num_tokens: Callable  # indices -> int, without padding
     evaluate: Callable  # model -> dict of dev metrics, with dev_loss
     save: Callable  # model, folder
     metric: str = "dev_loss"  # chooses the best model
@@ -63,7 +67,9 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         # Creates the scale, also in a process without data in its first batch.
         self.scaler.scale(torch.zeros((), device=device))
+        self.gradients = distributed.flat_gradients(self.parameters)
         self.steps_per_epoch = len(task.batches(0))
+        self.unread = []  # steps whose loss and gradient norm are only on the device
         self.progress = self.restore()
 
     def train(self):
@@ -72,10 +78,10 @@ class Trainer:
         Only the main process returns; the others exit. Raises Interrupted after a signal, and
         FloatingPointError if a loss or gradient is not finite.
         """
-        config, progress, interval = self.config, self.progress, self.config.checkpoint_every
+        config, progress = self.config, self.progress
         total = config.epochs * self.steps_per_epoch
         bar = tqdm(total=total, unit="step", disable=distributed.no_bar(), leave=False)
-        with bar, catch_signals() as signals:
+        with bar, catch_signals() as self.signals:
             bar.update(len(progress.steps))
             while progress.epoch < config.epochs and not self.out_of_patience():
                 bar.set_description(f"epoch {progress.epoch + 1}/{config.epochs}")
@@ -83,18 +89,23 @@ class Trainer:
                 if self.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(self.device)
                 for indices in self.task.batches(progress.epoch)[progress.step :]:
-                    loss = self.step(indices, learning_rate(len(progress.steps), total, config))
+                    started = time.perf_counter()
+                    number = progress.epoch * self.steps_per_epoch + progress.step
+                    self.step(indices, learning_rate(number, total, config))
+                    due = (number + 1) % (config.checkpoint_every or math.inf) == 0
+                    is_log_step = due or self.is_log_step()
+                    received = self.log() if is_log_step else 0
+                    progress.sums["seconds"] += time.perf_counter() - started
                     bar.update()
-                    bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                    due = interval > 0 and len(progress.steps) % interval == 0
-                    number = any_signal(signals)
-                    if due or number:
+                    if is_log_step:
+                        bar.set_postfix(loss=f"{progress.steps[-1][2]:.3f}", refresh=False)
+                    if due or received:
                         self.save()
-                    self.raise_if_stopped(number)
+                    self.raise_if_stopped(received)
                 self.end_epoch()
                 tqdm.write(self.describe_epoch())
                 self.save()
-                self.raise_if_stopped(any_signal(signals))
+                self.raise_if_stopped(self.log())
         if progress.epoch < config.epochs:
             metric = self.task.metric.replace("_", " ")
             print(f"stopped early: {config.patience} epochs without a better {metric}")
@@ -102,55 +113,66 @@ class Trainer:
         return progress
 
     def step(self, indices, lr):
-        """One optimizer step on a batch; returns its loss."""
-        started = time.perf_counter()
+        """One optimizer step on a batch. The host only starts it: nothing waits for the device."""
         progress, task, scaler = self.progress, self.task, self.scaler
-        shares = distributed.micro_batches(indices, self.config.grad_accumulation)
-        micro_batches = [task.collate(share) for share in shares]
-        [num_targets] = distributed.all_sum(sum(map(task.num_targets, micro_batches)))
+        num_targets = task.num_targets(indices)
         self.optimizer.param_groups[0]["lr"] = lr
-        self.optimizer.zero_grad()
-        loss_sum, tokens = 0.0, 0
-        for batch in micro_batches:
-            count = task.num_targets(batch)
-            tokens += int(batch["attention_mask"].sum())
-            batch = {k: v.to(self.device) for k, v in batch.items() if isinstance(v, Tensor)}
+        self.optimizer.zero_grad(set_to_none=self.gradients is None)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        for share in distributed.micro_batches(indices, self.config.grad_accumulation):
+            batch = {k: to_device(v, self.device) for k, v in task.collate(share).items()}
             with autocast(self.device, self.dtype):
                 loss = task.loss(self.model, batch)
+            count = task.num_targets(share)
             # Weighted so that micro-batches and processes add up to the mean over the batch.
             scaler.scale(loss * (count / num_targets)).backward()
-            loss_sum += loss.item() * count
-        distributed.sum_gradients(self.parameters)
-        loss_sum, tokens = distributed.all_sum(loss_sum, tokens)
-        loss = loss_sum / num_targets
+            loss_sum += loss.detach().double() * count
+        distributed.all_reduce(self.gradients)
         scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        self.check_finite(loss, norm.item(), indices)
         if self.config.max_grad_norm:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
         scaler.step(self.optimizer)
         scaler.update()
         progress.step += 1
-        progress.steps.append((progress.epoch + 1, progress.step, loss, lr, norm.item()))
-        progress.sums.update(
-            loss=loss_sum,
-            num_targets=num_targets,
-            tokens=tokens,
-            seconds=time.perf_counter() - started,
-            skipped=int(not norm.isfinite()),
-        )
-        return loss
+        progress.sums.update(num_targets=num_targets, tokens=task.num_tokens(indices))
+        # Summed over processes, the first is the batch's and the second the norm.
+        numbers = torch.stack([loss_sum, norm.double() / distributed.world_size()])
+        self.unread.append((progress.step, indices, num_targets, lr, numbers))
 
-    def check_finite(self, loss, norm, indices):
-        """Raise FloatingPointError unless the step can be taken, or float16 scaling skips it."""
+    def is_log_step(self):
+        """Whether `log` follows the last step, the same in all processes."""
+        step, interval = self.progress.step, LOG_INTERVALS[self.device.type]
+        if self.signals and distributed.world_size() == 1:
+            return True
+        return step % interval == 0 or step == self.steps_per_epoch
+
+    def log(self):
+        """Read and check the steps since the last call, all at once.
+
+        Returns a signal that any process has received, the same in all of them, or 0. Raises
+        FloatingPointError if a loss or gradient is not finite.
+        """
+        progress, steps, self.unread = self.progress, self.unread, []
+        received = torch.tensor([number in self.signals for number in SIGNALS])
+        rows = [received.double().to(self.device), *(numbers for *_, numbers in steps)]
+        counts, *rows = distributed.all_reduce(torch.stack(rows)).tolist()
+        for (step, indices, num_targets, lr, _), (loss_sum, norm) in zip(steps, rows, strict=True):
+            loss = loss_sum / num_targets
+            self.check_finite(step, loss, norm, indices)
+            progress.steps.append((progress.epoch + 1, step, loss, lr, norm))
+            progress.sums.update(loss=loss_sum, skipped=int(not math.isfinite(norm)))
+        return next((n for n, count in zip(SIGNALS, counts, strict=True) if count), 0)
+
+    def check_finite(self, step, loss, norm, indices):
+        """Raise FloatingPointError unless the step was valid, or float16 scaling skipped it."""
         progress = self.progress
         skipped = sum(not math.isfinite(step[-1]) for step in progress.steps[-MAX_SKIPPED:])
         skippable = self.scaler.is_enabled() and skipped < MAX_SKIPPED
         if not math.isfinite(loss) or not (math.isfinite(norm) or skippable):
             raise FloatingPointError(
-                f"loss {loss}, gradient norm {norm} at epoch {progress.epoch + 1}, step "
-                f"{progress.step + 1} (examples {indices}); try a smaller --lr, --max_grad_norm 1 "
-                "or --dtype float32"
+                f"loss {loss}, gradient norm {norm} at epoch {progress.epoch + 1}, step {step} "
+                f"(examples {indices}); try a smaller --lr, --max_grad_norm 1 or --dtype float32"
             )
 
     @torch.no_grad()
@@ -264,11 +286,6 @@ def learning_rate(step, total, config):
     return config.lr * {"constant": 1, "linear": 1 - done, "cosine": cosine}[config.schedule]
 
 
-def any_signal(signals):
-    """A signal that any process has received, the same in all processes; 0 if there is none."""
-    return max(distributed.all_gather(max(signals, default=0)))
-
-
 @contextlib.contextmanager
 def catch_signals():
     """Yield a list that receives Ctrl-C and SIGTERM; a second Ctrl-C stops at once."""
@@ -278,7 +295,7 @@ def catch_signals():
         received.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    handlers = {n: signal.signal(n, receive) for n in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.signal(number, receive) for number in SIGNALS}
     try:
         yield received
     finally:

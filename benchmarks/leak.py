@@ -46,7 +46,7 @@ def main():
     torch.manual_seed(0)
     gpt = GPT2Model(GPT2Config(n_layer=1, n_embd=64, n_head=2, vocab_size=512, n_positions=64))
     ids = torch.randint(0, 512, (4, 33))
-    batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "attention_mask": torch.ones(4, 32)}
+    batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
     records = []  # memory and open files before each step
 
     def collate(indices):
@@ -60,7 +60,8 @@ def main():
         batches=lambda epoch: [[0]] * (options.steps // EPOCHS),
         collate=collate,
         loss=lambda model, batch: model.loss(batch["input_ids"], batch["labels"]),
-        num_targets=lambda batch: batch["labels"].numel(),
+        num_targets=lambda indices: batch["labels"].numel(),
+        num_tokens=lambda indices: batch["input_ids"].numel(),
         evaluate=lambda model: {"dev_loss": model.loss(batch["input_ids"], batch["labels"]).item()},
         save=SonnetGPT.save_pretrained,
     )

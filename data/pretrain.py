@@ -76,6 +76,11 @@ class Corpus:
         """Input ids and labels (B, T) of sequences as in `batches`."""
         return as_batch([self.tokens[name][s : s + length + 1] for name, s, length in sequences])
 
+    @staticmethod
+    def num_targets(sequences):
+        """The number of labels."""
+        return sum(length for _, _, length in sequences)
+
 
 class HeldOut:
     """`count` sequences of `length` tokens, evenly spread over text that is not trained on."""
@@ -85,24 +90,21 @@ class HeldOut:
         starts = np.linspace(0, len(tokens) - length - 1, count).astype(int)
         self.sequences = [tokens[start : start + length + 1] for start in starts]
 
-    def batches_in_order(self, batch_size):
-        """All batches, as language_model_metrics expects them."""
-        starts = range(0, len(self.sequences), batch_size)
-        return [as_batch(self.sequences[start : start + batch_size]) for start in starts]
+        self.characters = [math.nan]  # unknown, so bits per character cannot be computed
 
-    @staticmethod
-    def num_targets(batch):
+    def collate(self, indices):
+        """Input ids and labels (B, T)."""
+        return as_batch([self.sequences[index] for index in indices])
+
+    def num_targets(self, indices):
         """The number of labels."""
-        return batch["labels"].numel()
+        return sum(len(self.sequences[index]) - 1 for index in indices)
 
 
 def as_batch(sequences):
     """Input ids and labels (B, T) of sequences with T + 1 tokens."""
     tokens = torch.from_numpy(np.stack(sequences).astype(np.int64))
-    inputs, labels = tokens[:, :-1], tokens[:, 1:].contiguous()
-    mask = torch.ones_like(inputs)
-    # The characters are unknown; without them, bits per character cannot be computed.
-    return {"input_ids": inputs, "labels": labels, "attention_mask": mask, "characters": math.nan}
+    return {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:].contiguous()}
 
 
 def main(arguments=None):
@@ -161,8 +163,9 @@ def main(arguments=None):
     task = Task(
         batches=corpus.batches,
         collate=corpus.collate,
-        loss=lambda model, batch: model.loss(batch["input_ids"], batch["labels"]),
-        num_targets=HeldOut.num_targets,
+        loss=lambda model, batch: model.loss(**batch),
+        num_targets=corpus.num_targets,
+        num_tokens=corpus.num_targets,
         evaluate=evaluate,
         save=lambda model, folder: model.gpt.save_pretrained(folder, dtype=torch.float16),
     )

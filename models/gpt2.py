@@ -17,6 +17,13 @@ from modules.gpt2_layer import GPT2Layer
 from pooling import last_token
 
 
+def to_device(tensor, device):
+    """Copy a tensor of the host; on CUDA the host does not wait, which needs pinned memory."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class GPT2Model(nn.Module):
     """Token ids to hidden states: embeddings, layers, final norm."""
 
@@ -27,6 +34,7 @@ class GPT2Model(nn.Module):
         self.name = None  # how the model is loaded elsewhere: hub name or path
         self.raw_config = {}  # config.json as it was loaded
         self.copied_files = []  # files of `folder` that are saved with the model
+        self.known_sha256 = None, None  # of lora.weights_sha256
         self.gradient_checkpointing = False
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.position_embedding = nn.Embedding(config.n_positions, config.n_embd)
@@ -34,11 +42,13 @@ class GPT2Model(nn.Module):
         self.layers = nn.ModuleList(GPT2Layer(config) for _ in range(config.n_layer))
         self.final_norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
-    def forward(self, input_ids, attention_mask=None, cache=None):
+    def forward(self, input_ids, attention_mask=None, cache=None, right_padded=False):
         """Hidden states (B, T, C) and that of each last real token (B, C) for ids (B, T).
 
-        `attention_mask` (B, cached + T) is 1 at real tokens; padding may be on either side. With a
-        cache, `input_ids` follow the cached tokens. Raises InputError if positions run out.
+        `attention_mask` (B, cached + T) is 1 at real tokens; padding may be on either side. If
+        `right_padded` promises that no padding precedes a real token, the blocks need no mask:
+        causality hides the padding. With a cache, `input_ids` follow the cached tokens. Raises
+        InputError if positions run out.
         """
         batch, tokens = input_ids.shape
         cached = cache.length if cache is not None else 0
@@ -54,8 +64,8 @@ class GPT2Model(nn.Module):
             if attention_mask.shape != real.shape:
                 raise InputError(f"attention_mask must have the shape {tuple(real.shape)}")
             real = attention_mask.bool()
-            # Causality hides right padding, but not padding before a real token.
-            needs_mask = needs_mask or (real[:, 1:] & ~real[:, :-1]).any()
+            # To look for padding before a real token would make the host wait for a GPU.
+            needs_mask = needs_mask or not right_padded
         mask = None
         if needs_mask:
             key = torch.arange(total, device=device)

@@ -39,23 +39,27 @@ class ParaphraseGPT(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, input_ids, attention_mask):
-        """Logits (B, 2) of no and yes; ids and mask are (B, T) joint or (B, 2, T) separate."""
-        return self.classify(*self.encode(input_ids, attention_mask))
+    def forward(self, input_ids, attention_mask, right_padded=False):
+        """Logits (B, 2) of no and yes; ids and mask are (B, T) joint or (B, 2, T) separate.
 
-    def loss(self, input_ids, attention_mask, labels):
+        `right_padded` is as in GPT2Model.
+        """
+        return self.classify(*self.encode(input_ids, attention_mask, right_padded))
+
+    def loss(self, input_ids, attention_mask, labels, right_padded=False):
         """Mean cross-entropy in nats per pair, plus the penalty of the pooling; labels (B,)."""
-        hidden, mask = self.encode(input_ids, attention_mask)
+        hidden, mask = self.encode(input_ids, attention_mask, right_padded)
         logits = self.classify(hidden, mask)
         return F.cross_entropy(logits, labels) + self.pooling.penalty(hidden, mask)
 
-    def encode(self, input_ids, attention_mask):
+    def encode(self, input_ids, attention_mask, right_padded=False):
         """Hidden states (texts, T, C) and mask (texts, T) of all texts."""
         if input_ids.ndim != 2 + self.separate:
             shape = tuple(input_ids.shape)
             raise ValueError(f"input_ids is {shape}; expected (B, T) joint or (B, 2, T) separate")
         mask = attention_mask.flatten(0, -2)
-        return self.gpt(input_ids.flatten(0, -2), mask)["last_hidden_state"], mask
+        output = self.gpt(input_ids.flatten(0, -2), mask, right_padded=right_padded)
+        return output["last_hidden_state"], mask
 
     def classify(self, hidden, mask):
         """Logits (B, 2) in float32 for the output of `encode`."""

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from adapters import mixed_adapters, select_rows
 from config import InputError, SamplingConfig
+from models.gpt2 import to_device
 from modules.attention import KVCache
 from modules.loss import cross_entropy
 
@@ -80,8 +81,9 @@ class SonnetGPT(nn.Module):
         gpt = self.gpt.eval()
         device = gpt.token_embedding.weight.device
         # Padded on the left, so that all sequences end at the same position.
-        ids = [torch.tensor(row, device=device) for row in self.encode(prompts)]
+        ids = [torch.tensor(row) for row in self.encode(prompts)]
         tokens = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left")
+        tokens = to_device(tokens, device)
         mask = tokens >= 0
         tokens = tokens.clamp(min=0)
         width = tokens.shape[1]
@@ -89,15 +91,20 @@ class SonnetGPT(nn.Module):
         cache = KVCache(gpt.config, len(prompts), width + steps)
         generator = torch.Generator().manual_seed(seed)
         new_tokens = [[] for _ in prompts]
-        active = torch.arange(len(prompts))  # the prompts that are still being continued
+        active = list(range(len(prompts)))  # the prompts that are still being continued
         for _ in tqdm(range(steps), "generating", unit="token", delay=2, leave=False, disable=None):
-            logits = self.next_logits(gpt(tokens, mask, cache)["last_token"], sampling)
+            unpadded = all(len(ids[prompt]) == width for prompt in active)
+            hidden = gpt(tokens, mask, cache, right_padded=unpadded)["last_token"]
             # Numbers for every prompt, so that the end of one does not change the others.
-            uniform = torch.rand(len(prompts), DRAWS, generator=generator)[active].to(device)
-            tokens = sample(logits, uniform, sampling)
+            uniform = torch.rand(len(prompts), DRAWS, generator=generator)[active]
+            uniform = to_device(uniform, device)
+            tokens = sample(self.next_logits(hidden, sampling), uniform, sampling)
             running = []  # the rows of the batch that continue
-            chosen = zip(active.tolist(), tokens.tolist(), strict=True)
-            for row, (prompt, token) in enumerate(chosen):
+            # The only read per token: the host waits for the device.
+            for row, (prompt, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
+                if token < 0:
+                    problem = "the logits are not finite; train or download the model again"
+                    raise FloatingPointError(problem)
                 if token != gpt.end_of_text:
                     new_tokens[prompt].append(token)
                     if not self.is_complete(prompts[prompt], new_tokens[prompt], max_lines):
@@ -105,9 +112,11 @@ class SonnetGPT(nn.Module):
             if not running:
                 break
             if len(running) < len(active):
-                active, tokens, mask = active[running], tokens[running], mask[running]
-                cache.select_rows(running)
-                select_rows(gpt, running)
+                active = [active[row] for row in running]
+                rows = to_device(torch.tensor(running), device)
+                tokens, mask = tokens[rows], mask[rows]
+                cache.select_rows(rows)
+                select_rows(gpt, rows)
             tokens = tokens[:, None]
             mask = F.pad(mask, (0, 1), value=True)
         return new_tokens
@@ -136,11 +145,11 @@ def sample(logits, uniform, sampling):
     Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751) from the `top_k` most probable tokens
     (0: all): of these, the fewest whose probability reaches `top_p` are kept. Temperature 0 is
     greedy. Nothing is sorted (rejection sampling, as in FlashInfer by Ye et al. 2025): a token is
-    drawn and, if it is outside of the nucleus, another one from the more probable tokens only.
+    drawn and, if it is outside of the nucleus, another one from the more probable tokens only. The
+    token of logits that are not finite is -1.
     """
-    if not logits.isfinite().all():
-        raise FloatingPointError("the logits are not finite; train or download the model again")
-    tokens = logits.argmax(-1, keepdim=True)  # also if all draws are rejected
+    pending = logits.isfinite().all(-1, keepdim=True)
+    tokens = logits.argmax(-1, keepdim=True).where(pending, -1)  # also if all draws are rejected
     if sampling.temperature == 0:
         return tokens.squeeze(1)
     logits = logits - logits.amax(-1, keepdim=True)  # at most 0, so no temperature overflows
@@ -150,7 +159,7 @@ def sample(logits, uniform, sampling):
         best = probabilities.topk(sampling.top_k)
         kept = best.values / best.values.sum(-1, keepdim=True)
         probabilities = torch.zeros_like(probabilities).scatter(-1, best.indices, kept)
-    candidates, pending = probabilities, torch.ones_like(tokens, dtype=torch.bool)
+    candidates = probabilities
     for draw in uniform.split(1, dim=1):
         cdf = candidates.cumsum(-1)
         drawn = torch.searchsorted(cdf, draw * cdf[:, -1:], right=True).clamp(
@@ -163,7 +172,8 @@ def sample(logits, uniform, sampling):
         accepted = (probability < sampling.top_p) & (own > 0)
         tokens = torch.where(pending & accepted, drawn, tokens)
         pending &= ~accepted
-        if not pending.any():
+        # On a GPU, asking would wait for the device.
+        if logits.device.type == "cpu" and not pending.any():
             break
     return tokens.squeeze(1)
 

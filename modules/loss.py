@@ -29,34 +29,36 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         head, grad_head = weight.to(dtype), weight.to(grad_dtype)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight) if need_weight else None
+        share = (labels != IGNORE_INDEX).to(float_dtype)[:, None]  # 1 / count, or 0 if excluded
+        share /= share.sum().clamp(min=1)
+        labels = labels.clamp(min=0)[:, None]
         # One buffer for the logits of all chunks: the system clears newly allocated memory.
         buffer = head.new_empty(min(chunk, len(labels)), len(head))
         total = hidden.new_zeros((), dtype=float_dtype)
-        count = max(1, len(labels))
         with torch.autocast(device_type, enabled=False):
             for start in range(0, len(labels), chunk):
-                inputs = hidden[start : start + chunk].to(dtype)
-                targets = labels[start : start + chunk, None]
+                rows = slice(start, start + chunk)
+                inputs, targets = hidden[rows].to(dtype), labels[rows]
                 logits = torch.mm(inputs, head.T, out=buffer[: len(inputs)]).to(float_dtype)
                 largest = logits.amax(-1, keepdim=True)
-                total += (largest - logits.gather(1, targets)).sum()
+                losses = largest - logits.gather(1, targets)
                 exp_logits = logits.sub_(largest).exp_()  # in place, to hold the chunk once
                 sum_exp = exp_logits.sum(-1, keepdim=True)
-                total += sum_exp.log().sum()
+                losses += sum_exp.log()
+                total += (losses * share[rows]).sum()
                 if not (need_hidden or need_weight):
                     continue
                 # d loss / d logits = (softmax(logits) - one_hot(label)) / count
-                grad_logits = exp_logits.div_(sum_exp * count)
-                one_hot = grad_logits.new_full(targets.shape, -1 / count)
-                grad_logits = grad_logits.scatter_add_(1, targets, one_hot).to(grad_dtype)
+                grad_logits = exp_logits.mul_(share[rows] / sum_exp)
+                grad_logits = grad_logits.scatter_add_(1, targets, -share[rows]).to(grad_dtype)
                 if need_hidden:
-                    grad_hidden[start : start + chunk] = grad_logits @ grad_head
+                    grad_hidden[rows] = grad_logits @ grad_head
                 if need_weight and grad_dtype == weight.dtype:
                     grad_weight.addmm_(grad_logits.T, inputs.to(grad_dtype))
                 elif need_weight:
                     grad_weight += grad_logits.T @ inputs.to(grad_dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        return total / count
+        return total
 
     @staticmethod
     @once_differentiable
@@ -75,7 +77,7 @@ def cross_entropy(hidden, weight, labels, chunk=CHUNK):
     the loss is 0. Equal to F.cross_entropy of the whole logits; without gradients, the logits are
     float32 even under autocast.
     """
-    included = labels != IGNORE_INDEX
     if not torch.is_grad_enabled():  # needs_input_grad ignores no_grad
         hidden, weight = hidden.detach(), weight.detach()
-    return ChunkedCrossEntropy.apply(hidden[included], weight, labels[included], chunk)
+    # To remove excluded positions would make the host wait for a GPU.
+    return ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), chunk)

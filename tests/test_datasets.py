@@ -163,28 +163,21 @@ def test_labels_are_the_next_tokens_and_the_end_of_text(gpt, make):
         targets = [*ids[1:], gpt.end_of_text]
         assert batch["input_ids"][index, : len(ids)].tolist() == ids
         assert batch["labels"][index].tolist() == targets + [IGNORE_INDEX] * padding
-        assert batch["attention_mask"][index].tolist() == [1] * len(ids) + [0] * padding
-    for name in ("input_ids", "labels", "attention_mask"):
-        assert batch[name].shape == (3, width)
-    assert data.num_targets(batch) == sum(map(len, encoded))
+    assert batch.keys() == {"input_ids", "labels"}  # what the loss needs
+    assert batch["input_ids"].shape == batch["labels"].shape == (3, width)
+    assert data.num_targets([1, 0, 2]) == sum(map(len, encoded))
+    assert data.num_targets([2]) == (data.collate([2])["labels"] != IGNORE_INDEX).sum()
     assert data.lengths == [len(ids) + 1 for ids in gpt.encode(list(TEXTS))]
 
 
 def test_characters_are_those_of_the_targets(gpt, make):
     """Bits per character exclude the first token and count the end of the text as one."""
-    batch = make(*TEXTS).collate([0, 2])
+    data = make(*TEXTS)
+    batch = data.collate([0, 2])
     texts = [gpt.decode(labels[labels != IGNORE_INDEX]) for labels in batch["labels"]]
     for text, target in zip((TEXTS[0], TEXTS[2]), texts, strict=True):
         assert gpt.decode(gpt.encode([text])[0][:1]) + target == text
-    assert batch["characters"] == sum(map(len, texts)) + 2
-
-
-def test_batches_in_order_contain_every_sonnet_once(make):
-    """Evaluation includes the last, smaller batch."""
-    data = make(*TEXTS)
-    batches = data.batches_in_order(2)
-    assert [len(batch["input_ids"]) for batch in batches] == [2, 1]
-    assert torch.equal(batches[1]["input_ids"], data.collate([2])["input_ids"])
+    assert [data.characters[0], data.characters[2]] == [len(text) + 1 for text in texts]
 
 
 def test_sonnets_that_are_too_long_are_named(make):

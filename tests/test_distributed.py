@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shlex
+import socket
 import subprocess
 import sys
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 from kill_everywhere import SCRIPTS, make_model
 from safetensors.torch import load_file
+from torch import nn
 from torch.testing import assert_close
 
 import distributed
@@ -29,6 +33,27 @@ import sonnet_generation as script
 from cli import exit_cleanly
 with exit_cleanly():
     script.main(script.parse_options(sys.argv[1:]))
+"""
+
+COUNTED = """
+import json, os, sys
+import torch.distributed as dist
+import training
+calls = []
+for name in ("all_reduce", "all_gather_object", "all_gather", "broadcast", "reduce", "barrier"):
+    def counted(*arguments, name=name, call=getattr(dist, name)):
+        calls[-1].append([name, arguments[0].numel() if name == "all_reduce" else None])
+        return call(*arguments)
+    setattr(dist, name, counted)
+step, end_epoch = training.Trainer.step, training.Trainer.end_epoch
+training.Trainer.step = lambda *arguments: (calls.append([]), step(*arguments))
+training.Trainer.end_epoch = lambda self: (calls.append([]), end_epoch(self))
+training.LOG_INTERVALS["cpu"] = 2
+import sonnet_generation as script
+calls.append([])
+if os.environ["RANK"] == "1":
+    training.distributed.shutdown = lambda: print(json.dumps(calls), file=sys.stderr)
+script.main(script.parse_options(sys.argv[1:]))
 """
 
 
@@ -151,13 +176,75 @@ def test_two_processes_resume(files, tmp_path):
     assert (folder / "steps.csv").read_bytes() == (tmp_path / "whole/steps.csv").read_bytes()
 
 
+def test_one_collective_for_gradients_per_step(files, tmp_path):
+    """And one of a few numbers at log steps, here every second and the last of three."""
+    (tmp_path / "counted.py").write_text(COUNTED, encoding="utf-8")
+    given = options(files, "sonnets", 4, "--use_lora", "--grad_accumulation=1", "--epochs=1")
+    result = start(tmp_path / "counted.py", tmp_path / "run", *given)
+    _, *steps, _ = json.loads(re.search(r"^\[\[.*", result.stderr, re.MULTILINE)[0])
+    summary = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    assert summary["processes"] == 2
+    gradients = steps[0][0]
+    assert gradients[0] == "all_reduce"
+    assert gradients[1] > 100
+    # Two numbers per step, and two signals.
+    assert steps == [[gradients], [gradients, ["all_reduce", 6]], [gradients, ["all_reduce", 4]]]
+
+
+def test_two_nodes_train_and_resume(files, tmp_path):
+    """Stopped and continued by the commands that they print, they reach the weights of one."""
+    given = options(files, "sonnets", 5)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = f"--nnodes=2 --node_rank={{}} --master_addr=127.0.0.1 --master_port={port}"
+    script, folder = tmp_path / "stopped.py", tmp_path / "two"
+    script.write_text(STOPPED, encoding="utf-8")
+    command = [str(script), *given, f"--out_dir={folder}"]
+    errors = run_nodes([[*torchrun.format(node).split(), *command] for node in (0, 1)])
+    printed = [re.search("continue with: torchrun (.*)", text)[1] for text in errors]
+    nodes = [f"--nproc_per_node=1 {torchrun.format(node)}" for node in (0, 1)]
+    assert printed == [f"{node} {shlex.join(command)} --resume" for node in nodes]
+    assert len(pd.read_csv(folder / "metrics.csv")) == 1
+    uninterrupted = SCRIPTS["sonnets"].__file__
+    run_nodes([shlex.split(line.replace(str(script), uninterrupted)) for line in printed])
+    assert_same_run(outcome(folder), run_one("sonnets", tmp_path / "one", *given))
+
+
+def run_nodes(commands):
+    """Run torchrun as on several machines; returns what each wrote to stderr."""
+    launcher = [sys.executable, "-m", "torch.distributed.run"]
+    settings = {"env": ENVIRONMENT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    nodes = [subprocess.Popen([*launcher, *c], text=True, **settings) for c in commands]
+    return [node.communicate(timeout=300)[1] for node in nodes]
+
+
+def test_gradients_are_views_of_one_tensor_in_the_layout_of_their_parameters(monkeypatch):
+    """Backward adds to them, and zero_grad must not replace them."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    transposed = nn.Parameter(torch.randn(3, 2).T)
+    parameters = [nn.Parameter(torch.randn(2)), transposed]
+    flat = distributed.flat_gradients(parameters)
+    for factor in (1.0, 2.0):
+        (transposed * torch.arange(6.0).view(2, 3) * factor).sum().backward()
+        assert transposed.grad.stride() == transposed.stride()
+        assert transposed.grad.tolist() == [
+            [0, factor, 2 * factor],
+            [3 * factor, 4 * factor, 5 * factor],
+        ]
+        assert flat.tolist() == [0, 0, *transposed.grad.T.flatten().tolist()]
+        torch.optim.SGD(parameters).zero_grad(set_to_none=False)
+        assert not flat.any()
+
+
 def test_a_single_process_needs_no_group():
     """Its share is the whole batch, and sums are the numbers themselves."""
     indices = list(range(7))
     assert distributed.micro_batches(indices, 1) == [indices]
     assert distributed.micro_batches(indices, 3) == [[0, 1, 2], [3, 4, 5], [6]]
     assert distributed.micro_batches([1], 4) == [[1]]
-    assert distributed.all_sum(1.5, 2) == [1.5, 2]
+    assert distributed.all_reduce(torch.tensor([1.5, 2])).tolist() == [1.5, 2]
+    assert distributed.flat_gradients([torch.zeros(3)]) is None
     assert distributed.all_gather("a") == ["a"]
     assert distributed.from_main_process(lambda: 3) == 3
     state = (distributed.rank(), distributed.world_size(), distributed.is_main_process())

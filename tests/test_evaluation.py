@@ -54,6 +54,16 @@ def test_language_model_metrics(gpt, dataset, batch_size):
     assert metrics == pytest.approx(expected, rel=1e-5)
 
 
+def test_evaluation_contains_every_sonnet_once(gpt, dataset, monkeypatch):
+    """In the order of the file, with the last, smaller batch."""
+    made, collate = [], dataset.collate
+    monkeypatch.setattr(
+        dataset, "collate", lambda indices: made.append(indices) or collate(indices)
+    )
+    language_model_metrics(SonnetGPT(gpt), dataset, 3)
+    assert list(map(list, made)) == [[0, 1, 2], [3]]
+
+
 def test_evaluation_has_no_dropout(gpt, dataset):
     """Otherwise chance would choose the best epoch."""
     model = SonnetGPT(gpt.train())

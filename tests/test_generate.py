@@ -36,7 +36,7 @@ class Scripted(nn.Module):
     def decode(self, ids):
         return "".join(LETTERS[token] for token in ids)
 
-    def forward(self, tokens, mask, cache):
+    def forward(self, tokens, mask, cache, right_padded):
         assert mask.shape == (len(tokens), cache.length + tokens.shape[1])
         if cache.keys is None:
             cache.append(0, *torch.zeros(2, len(tokens), 1, tokens.shape[1], 1))
@@ -188,6 +188,16 @@ def test_dev_loss_under_autocast_uses_float32_logits(gpt, ids):
     labels = ids[:, 1:].flatten()
     assert abs(F.cross_entropy(logits.bfloat16().float(), labels) - loss) > 1e-3
     assert_close(loss, F.cross_entropy(logits, labels), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_an_error(value, temperature):
+    """One row of a batch in the second step; its token -1 must not reach the embedding."""
+    model = SonnetGPT(Scripted({"a": "b", "b": "a", "c": "c"}))
+    model.gpt.table[LETTERS.index("b"), LETTERS.index("c")] = value
+    with pytest.raises(FloatingPointError, match="not finite"):
+        model.generate(["c", "a"], temperature=temperature)
 
 
 def test_the_end_of_one_text_does_not_change_another():

@@ -159,6 +159,20 @@ def test_past_the_last_position_is_an_error(gpt, cached):
         gpt(torch.zeros(1, 65 - cached, dtype=torch.long), cache=cache)
 
 
+def test_right_padding_that_is_promised_needs_no_mask(gpt, sequences, monkeypatch):
+    """Causality hides it: the same hidden states as with a mask in the blocks."""
+    batch, mask = pad(sequences, left=False)
+    expected, masks = gpt(batch, mask), []
+    forward = type(gpt.layers[0]).forward
+    spy = lambda self, x, mask, *more: masks.append(mask) or forward(self, x, mask, *more)  # noqa: E731
+    monkeypatch.setattr(type(gpt.layers[0]), "forward", spy)
+    output = gpt(batch, mask, right_padded=True)
+    assert masks == [None] * len(gpt.layers)
+    real = mask.bool()
+    assert_close(output["last_hidden_state"][real], expected["last_hidden_state"][real], **CLOSE)
+    assert_close(output["last_token"], expected["last_token"], **CLOSE)
+
+
 def test_mask_of_another_shape_is_an_error(gpt, ids):
     """A mask of the new tokens alone would be broadcast or misread with a cache."""
     with pytest.raises(InputError, match=r"attention_mask.*\(3, 20\)"):

@@ -1,12 +1,14 @@
 """LoRA starts as the identity, trains nothing else, and merges into W + (alpha / r) B A."""
 
+import hashlib
+
 import pytest
 import torch
 from helpers import randomise, states
 from torch import nn
 from torch.testing import assert_close
 
-from adapters import save_adapter
+from adapters import load_adapter, mixed_adapters, save_adapter
 from config import LINEARS, PRESETS, GPT2Config, InputError, LoRAConfig
 from lora import (
     LoRALinear,
@@ -187,6 +189,42 @@ def test_every_edit_of_a_weight_changes_the_sha256(gpt, edit):
     assert base_sha256(gpt) == before
     edits(gpt)[edit]()
     assert base_sha256(gpt) != before
+
+
+@pytest.mark.parametrize("edit", ["negate", "fill", "swap rows", "swap columns", "one bit"])
+def test_edits_that_cancel_in_a_checksum_change_the_sha256(gpt, edit):
+    """The XOR of all values stays the same, except for one bit, which a sum rounds off."""
+    weight = gpt.layers[0].out_dense.weight.data
+    weight.fill_(0.5)
+    weight[:, 1] = weight[1] = -0.25
+    before = base_sha256(gpt)
+    if edit == "negate":
+        weight.neg_()
+    elif edit == "fill":
+        weight.fill_(1.0)
+    elif edit == "swap rows":
+        weight[[1, 2]] = weight[[2, 1]]
+    elif edit == "swap columns":
+        weight[:, [1, 2]] = weight[:, [2, 1]]
+    else:
+        weight[5, 5] = torch.nextafter(weight[5, 5], torch.tensor(1.0))
+    assert base_sha256(gpt) != before
+
+
+def test_an_unchanged_base_is_hashed_once(gpt, tmp_path, monkeypatch):
+    """Swapping adapters would otherwise spend most of its time on the SHA-256 of the base."""
+    hashed, sha256 = [], hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", lambda *data: hashed.append(1) or sha256(*data))
+    cast_frozen_weights(apply_lora(gpt, LoRAConfig()), torch.bfloat16)
+    save_adapter(gpt, tmp_path)
+    assert len(hashed) == 2  # before and after the cast
+    load_adapter(gpt, tmp_path)
+    load_adapter(SonnetGPT(gpt), tmp_path)
+    for name, layer in lora_layers(gpt).items():
+        gpt.set_submodule(name, layer.base)
+    with mixed_adapters(gpt, [tmp_path, None]):
+        pass
+    assert len(hashed) == 2
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -74,6 +74,7 @@ def fit(folder, path, at=None, event=crash, resume=False, lora=False, seed=5, ch
         collate=collate,
         loss=lambda model, batch: model.loss(batch["input_ids"], batch["labels"]),
         num_targets=train.num_targets,
+        num_tokens=train.num_targets,
         evaluate=evaluate,
         save=save_adapter if lora else SonnetGPT.save_pretrained,
     )

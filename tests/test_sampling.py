@@ -147,11 +147,10 @@ def test_extreme_temperatures_stay_finite(temperature):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_finite_are_an_error(value, temperature):
-    """A diverged model would otherwise write its first token again and again."""
-    logits = torch.tensor([[0.0, value, 1.0]])
-    with pytest.raises(FloatingPointError, match="not finite"):
-        sampled([0.5], logits, temperature)
+def test_logits_that_are_not_finite_are_marked(value, temperature):
+    """`generate` makes an error of -1: to ask here would make the host wait for a GPU."""
+    logits = torch.tensor([[0.0, value, 1.0], [0.0, 9.0, 1.0]])
+    assert sampled([0.5, 0.5], logits, temperature) == [-1, 1]
 
 
 @pytest.mark.parametrize(

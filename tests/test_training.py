@@ -56,13 +56,14 @@ def fit(
         return (weight - batch["values"]).square().mean()
 
     def collate(indices):
-        return {"values": torch.tensor(indices), "attention_mask": torch.ones(1, len(indices))}
+        return {"values": torch.tensor(indices)}
 
     task = Task(
         batches=lambda epoch: list(values),
         collate=collate,
         loss=loss,
-        num_targets=lambda batch: len(batch["values"]),
+        num_targets=len,
+        num_tokens=len,
         evaluate=evaluate,
         save=lambda model, folder: (folder / "weight").write_text(str(model.weight.item())),
         larger_is_better=larger_is_better,
@@ -150,6 +151,35 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, factor):
             fit(tmp_path / str(dtype), factors=(1, factor), dtype=dtype)
 
 
+@pytest.mark.parametrize("checkpoint_every", [0, 3])
+@pytest.mark.parametrize("spoiled", ["loss", "gradient norm"])
+def test_between_log_steps_nothing_bad_is_saved(tmp_path, monkeypatch, spoiled, checkpoint_every):
+    """On a GPU, losses are read every ten steps: before the evaluation and any save, too."""
+    monkeypatch.setitem(training.LOG_INTERVALS, "cpu", 10)
+    values = [(1.0,), (math.nan,), (3.0,), (4.0,)]
+    factors = ()
+    if spoiled == "gradient norm":
+        values[1], factors = (2.0,), (1, math.inf)
+    settings = {"factors": factors, "checkpoint_every": checkpoint_every}
+    with pytest.raises(FloatingPointError, match=f"{spoiled} (nan|inf).* at epoch 1, step 2 "):
+        fit(tmp_path, values=values, **settings)
+    assert not (tmp_path / "best").exists()
+    assert not (tmp_path / "resume").exists()
+    assert not (tmp_path / "steps.csv").exists()
+
+
+def test_the_log_interval_changes_no_result(tmp_path, monkeypatch):
+    """Epochs of 12 steps: the same steps.csv and metrics, and the same state after a resume."""
+    values, outcomes = [(float(step),) for step in range(12)], []
+    for interval in (1, 10):
+        monkeypatch.setitem(training.LOG_INTERVALS, "cpu", interval)
+        run, progress, weights = fit(tmp_path / str(interval), (2.0, 1.0), values=values, lr=1e-3)
+        records = [(record["train_loss"], record["skipped_steps"]) for record in progress.epochs]
+        outcomes.append(((run.folder / "steps.csv").read_bytes(), records, weights))
+    assert outcomes[0] == outcomes[1]
+    assert len(progress.steps) == 24
+
+
 def test_float16_skips_a_step_that_overflows(tmp_path, capsys):
     """The weight stays, the scale is halved; the count is in metrics.csv and on the screen."""
     values = ((1.0,), (1.0,), (1.0,))
@@ -216,9 +246,10 @@ def test_only_what_requires_a_gradient_is_trained(tmp_path):
     before = [layer.weight.clone() for layer in model]
     task = Task(
         batches=lambda epoch: [[0]],
-        collate=lambda indices: {"attention_mask": torch.ones(1, 1)},
+        collate=lambda indices: {},
         loss=lambda model, batch: model(torch.ones(1)).square().sum(),
-        num_targets=lambda batch: 1,
+        num_targets=len,
+        num_tokens=len,
         evaluate=lambda model: {"dev_loss": 1.0},
         save=lambda model, folder: None,
     )
