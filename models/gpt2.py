@@ -55,7 +55,9 @@ class GPT2Model(nn.Module):
                 raise InputError(f"attention_mask must have the shape {tuple(real.shape)}")
             real = attention_mask.bool()
             # Causality hides right padding, but not padding before a real token.
-            needs_mask = needs_mask or (real[:, 1:] & ~real[:, :-1]).any()
+            # A compiled graph cannot branch on values, so it always has the mask.
+            has_left_padding = torch.compiler.is_compiling() or (real[:, 1:] & ~real[:, :-1]).any()
+            needs_mask = needs_mask or has_left_padding
         mask = None
         if needs_mask:
             key = torch.arange(total, device=device)
