@@ -112,8 +112,8 @@ def run(options, measure, cases, name):
     """Measure every case and precision `rounds` times; returns (dtype, case) -> list of metrics.
 
     `measure(options, case, device, dtype)` runs in a process of its own (unless --in_process), and
-    cases alternate. It returns nothing for a case that does not exist in a precision. Writes NAME.csv with the median
-    of each metric and the range of the first.
+    cases alternate. It returns nothing for a case that does not exist in a precision. Writes
+    NAME.csv with the median of each metric and the range of the first.
     """
     device = choose_device("auto")
     if options.one:

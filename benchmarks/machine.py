@@ -1,4 +1,4 @@
-"""A new machine in at most eight minutes: tests on CUDA, parity, speed, memory, --compile, torchrun.
+"""Measure a machine in at most eight minutes: CUDA tests, parity, speed, memory, torchrun.
 
     python benchmarks/machine.py [MODEL]          # for a GPU; writes benchmarks/results/machine.md
     python benchmarks/machine.py --quick          # does everything run? one step of the tiny model
@@ -60,6 +60,7 @@ def make_parts(model, quick, device):
         settings += ["--steps", "1"]
     elif cuda:
         settings += ["--steps", "16"]  # one pass over the sonnets
+    tokens = ["--tokens", "8"] if quick else []
     dtypes = precisions(device)
     parts = [
         Part("tests on CUDA", cuda_tests if cuda else None),
@@ -71,7 +72,7 @@ def make_parts(model, quick, device):
         parts += [
             Part(f"sonnets, {dtype}", benchmark("sonnets.py", *arguments)),
             Part(f"paraphrases, {dtype}", benchmark("paraphrase.py", *pairs)),
-            Part(f"generation, {dtype}", benchmark("generation.py", *arguments)),
+            Part(f"generation, {dtype}", benchmark("generation.py", *arguments, *tokens)),
         ]
     fastest = str(choose_dtype("auto", device)).removeprefix("torch.")
     arguments = [model, *settings, "--dtypes", fastest, "--cases", *COMPILE_CASES]

@@ -1,4 +1,4 @@
-"""A GPU computes what the CPU does. Skipped without CUDA; benchmarks/machine.py runs these tests."""
+"""A GPU computes what the CPU does. Skipped without CUDA; run by benchmarks/machine.py."""
 
 import functools
 import os
