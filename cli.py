@@ -111,6 +111,8 @@ def add_common_options(parser, task, **train_defaults):
     add("--preset", choices=["report"], help="settings of the student report")
     cost = "recompute activations: less memory, a third to a half more time"
     add("--gradient_checkpointing", action="store_true", help=cost)
+    cost = "torch.compile the model, for CUDA: on a CPU, steps are not faster"
+    add("--compile", action="store_true", help=cost)
     add_options(parser, TrainConfig, "training")
     add_options(parser, LoRAConfig, "LoRA (with --use_lora)", prefix="lora_")
     add = parser.add_argument_group("run folder").add_argument
@@ -134,7 +136,7 @@ def parse(parser, arguments, task, report=None, only=None, unused=()):
         reject_options(parser, options, lora_options, "without --use_lora")
     if only and getattr(options, only):
         names = sorted(vars(TrainConfig()).keys() - {"seed", "device", "dtype"})
-        names += ["use_lora", "gradient_checkpointing", "out_dir", "resume", *unused]
+        names += ["use_lora", "gradient_checkpointing", "compile", "out_dir", "resume", *unused]
         reject_options(parser, options, names, f"with --{only}")
     options.method = "lora" if options.use_lora else "full"
     if options.lr is None:

@@ -97,6 +97,9 @@ def main(options):
     base = evaluate(model, held_out)
     if options.use_lora:
         cast_frozen_weights(model, dtype)
+    model.gpt.gradient_checkpointing = options.gradient_checkpointing
+    if options.compile:  # the backbone in place, so that the names of parameters stay
+        model.gpt.compile(dynamic=True)
     lengths, step_size = datasets["train"].lengths, config.batch_size * config.grad_accumulation
     task = Task(
         batches=lambda epoch: bucketed_batches(lengths, step_size, config.seed, epoch),

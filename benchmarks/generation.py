@@ -19,7 +19,6 @@ from runs import peak_memory_gb
 from training import autocast
 
 OURS, BASELINE = "ours", "transformers"
-TOKENS = 128
 
 
 def measure(options, case, device, dtype):
@@ -30,12 +29,12 @@ def measure(options, case, device, dtype):
     make = ours if case == OURS else baseline
     model, generate = make(model_folder(options.model), prompts, device, dtype)
     generate(2)
-    total = seconds(lambda: generate(TOKENS), device)
+    total = seconds(lambda: generate(options.tokens), device)
     memory = peak_memory_gb(device)  # before the large array
     large = torch.zeros(2**27, device=device)
     bytes_per_second = large.nbytes / min(seconds(large.sum, device) for _ in range(10))
     model_bytes = sum(p.numel() for p in model.parameters()) * torch.finfo(dtype).bits // 8
-    limit = TOKENS * model_bytes / bytes_per_second
+    limit = options.tokens * model_bytes / bytes_per_second
     return {
         "total_s": total,
         "limit_s": limit,
@@ -87,7 +86,9 @@ def baseline(folder, prompts, device, dtype):
 
 
 if __name__ == "__main__":
-    options = parser(__doc__).parse_args()
+    options = parser(__doc__)
+    options.add_argument("--tokens", type=int, default=128, help="new tokens per text")
+    options = options.parse_args()
     results = run(options, measure, [BASELINE, OURS], "generation")
     columns = {
         "total_s": "seconds",
@@ -96,5 +97,5 @@ if __name__ == "__main__":
         "read_gb_s": "memory read, GB/s",
         "peak_gb": "peak memory, GB",
     }
-    heading = f"12 continuations of {TOKENS} tokens, ours / transformers"
+    heading = f"12 continuations of {options.tokens} tokens, ours / transformers"
     report(options, results, "generation", columns, [(heading, OURS, [BASELINE], "total_s")])

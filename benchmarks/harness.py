@@ -8,6 +8,7 @@ the tables to README.md and RESULTS.md.
 
 import argparse
 import dataclasses
+import gc
 import json
 import statistics
 import subprocess
@@ -23,7 +24,7 @@ from config import BUNDLED_MODEL, PRESETS, ROOT
 from files import write_csv, write_text
 from models.gpt2 import GPT2Model
 from runs import peak_memory_gb
-from training import autocast
+from training import autocast, choose_device
 
 FOLDER = ROOT / "benchmarks"
 
@@ -37,8 +38,11 @@ def parser(description):
     add("model", nargs="?", default="gpt2", help="a model's folder, or the size of a random one")
     add("--dtypes", nargs="+", default=["float32", "bfloat16"])
     add("--rounds", type=int, default=5)
+    add("--cases", nargs="+", help="some of the cases by name; default all")
     add("--steps", type=int, default=3, help="timed steps per process, after an untimed one")
     add("--out_dir", type=Path, default=FOLDER / "results", help="folder of the results")
+    text = "one process for all cases: sooner, but memory is only right on CUDA"
+    add("--in_process", action="store_true", help=text)
     add("--one", nargs=2, metavar=("CASE", "DTYPE"), help="print one measurement as JSON")
     return options
 
@@ -84,7 +88,10 @@ def matmul_tflops(device, dtype):
 
 
 def timed_steps(loss_of, parameters, batches, device, dtype, fused=True):
-    """Mean seconds per step with AdamW after an untimed first step, and the peak memory in GB."""
+    """Mean seconds per step with AdamW, and the peak memory in GB.
+
+    A first step, in which memory is allocated and --compile compiles, is measured on its own.
+    """
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=fused or None)
 
     def step(batch):
@@ -95,29 +102,38 @@ def timed_steps(loss_of, parameters, batches, device, dtype, fused=True):
         loss.backward()
         optimizer.step()
 
-    step(batches[0])
+    first = seconds(lambda: step(batches[0]), device)
     total = sum(seconds(lambda batch=batch: step(batch), device) for batch in batches)
-    return {"step_s": total / len(batches), "peak_gb": peak_memory_gb(device)}
+    memory = peak_memory_gb(device)
+    return {"step_s": total / len(batches), "first_step_s": first, "peak_gb": memory}
 
 
 def run(options, measure, cases, name):
     """Measure every case and precision `rounds` times; returns (dtype, case) -> list of metrics.
 
-    `measure(options, case, device, dtype)` runs in a process of its own, and cases alternate. It
-    returns nothing for a case that does not exist in a precision. Writes NAME.csv with the median
-    of each metric and the range of the first.
+    `measure(options, case, device, dtype)` runs in a process of its own (unless --in_process), and
+    cases alternate. It returns nothing for a case that does not exist in a precision. Writes
+    NAME.csv with the median of each metric and the range of the first.
     """
+    device = choose_device("auto")
     if options.one:
         case, dtype = options.one
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         print(json.dumps(measure(options, case, device, getattr(torch, dtype))))
         sys.exit()
+
+    def measure_here(command, case, dtype):
+        gc.collect()  # the model of the last case
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        return measure(options, case, device, getattr(torch, dtype))
+
+    measure_case = measure_here if options.in_process else measure_once
     model_folder(options.model)  # is made before anything is measured
     results = {}
     for dtype in options.dtypes:
         for number in range(1, options.rounds + 1):
-            for case in cases:
-                metrics = measure_once(sys.argv, case, dtype)
+            for case in options.cases or cases:
+                metrics = measure_case(sys.argv, case, dtype)
                 if metrics:
                     results.setdefault((dtype, case), []).append(metrics)
                     first, value = next(iter(metrics.items()))
@@ -150,6 +166,8 @@ def median(rounds, metric):
 
 
 def median_and_range(ratios):
+    if len(ratios) == 1:
+        return f"{ratios[0]:.2f}"
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
@@ -160,18 +178,25 @@ def report(options, results, name, columns, comparisons):
     case's metric divided by the least of the other cases'.
     """
     medians = [
-        [case, dtype, *(f"{median(rounds, metric):.2f}" for metric in columns)]
+        [case, dtype, *(shown(median(rounds, metric)) for metric in columns)]
         for (dtype, case), rounds in results.items()
     ]
     ratios = [
         [heading, *(ratio(results, dtype, *comparison) for dtype in options.dtypes)]
         for heading, *comparison in comparisons
     ]
-    title = f"{Path(options.model).name}, median of {options.rounds} rounds (range)"
+    ratios = [record for record in ratios if any(record[1:])]  # with --cases, some have none
+    rounds = f"median of {options.rounds} rounds (range)" if options.rounds > 1 else "one round"
+    title = f"{Path(options.model).name}, {rounds}"
     first = markdown(["", "precision", *columns.values()], medians)
     text = f"{first}\n{markdown([title, *options.dtypes], ratios)}"
     print(f"\n{text}")
     write_text(options.out_dir / f"{name}.md", text)
+
+
+def shown(value):
+    """Two decimals, or four for the milliseconds of a GPU."""
+    return f"{value:.4f}" if value < 0.1 else f"{value:.2f}"
 
 
 def ratio(results, dtype, case, others, metric):

@@ -1,12 +1,12 @@
-"""Training pairs per second and peak memory on paraphrases, compared with transformers.
+"""Training pairs per second and peak memory on paraphrases, compared with transformers and PEFT.
 
     python benchmarks/paraphrase.py [MODEL] [--pairs FILE] [--dtypes float32 bfloat16] [--steps 20]
 
 All cases use the same random pairs in batches of 8, both texts in one prompt, and GPT-2's dropout.
 The baseline is GPT2ForSequenceClassification on pairs in random order, each batch padded to its
-longest text, with torch's default AdamW; and the same with our buckets and fused AdamW. Ours are
-the batches of paraphrase_detection.py. The limit is 6 N FLOPs per real token (LoRA: 4 N), where N
-does not include the embeddings.
+longest text, with torch's default AdamW; and the same with our buckets and fused AdamW, fully and
+with PEFT's LoRA. Ours are the batches of paraphrase_detection.py. The limit is 6 N FLOPs per real
+token (LoRA: 4 N), where N does not include the embeddings.
 """
 
 import torch
@@ -20,11 +20,13 @@ from models.paraphrase_gpt import ParaphraseGPT
 
 BASELINE = "transformers, full"
 BUCKETS = "transformers, full, with our buckets and fused AdamW"
+LORA_BASELINE = "PEFT, LoRA, with our buckets and fused AdamW"
 LAST = "ours, full, last"
 GENERALIZED = "ours, full, generalized"
 MULTIHEAD = "ours, full, multihead"
 LORA = "ours, LoRA, generalized"
-CASES = (BASELINE, BUCKETS, LAST, GENERALIZED, MULTIHEAD, LORA)
+BASELINES = (BASELINE, BUCKETS, LORA_BASELINE)
+CASES = (*BASELINES, LAST, GENERALIZED, MULTIHEAD, LORA)
 OUTSIDE_BODY = ("embedding", "wte", "wpe", "lora_")
 BATCH = 8
 
@@ -32,7 +34,7 @@ BATCH = 8
 def measure(options, case, device, dtype):
     """The metrics of one process."""
     torch.manual_seed(0)
-    make = baseline if case in (BASELINE, BUCKETS) else ours
+    make = baseline if case in BASELINES else ours
     pairs = sample_pairs(options.pairs, BATCH * options.steps)
     model, loss_of, batches = make(case, model_folder(options.model), pairs, dtype)
     model.to(device).train()
@@ -43,7 +45,7 @@ def measure(options, case, device, dtype):
     real = sum(int(batch["attention_mask"].sum()) for batch in batches) / len(batches)
     padded = sum(batch["input_ids"].numel() for batch in batches) / len(batches)
     tflops = matmul_tflops(device, dtype)
-    limit = (4 if case == LORA else 6) * body * real / (1e12 * tflops)
+    limit = (4 if "LoRA" in case else 6) * body * real / (1e12 * tflops)
     return {
         "pair_s": metrics["step_s"] / BATCH,
         "pairs_per_second": BATCH / metrics["step_s"],
@@ -89,10 +91,22 @@ def baseline(case, folder, pairs, dtype):
     model = GPT2ForSequenceClassification.from_pretrained(
         folder, num_labels=2, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32
     )
+    if case == LORA_BASELINE:
+        from peft import LoraConfig, get_peft_model  # slow to import
+
+        config = LoraConfig(
+            r=4,
+            lora_alpha=16,
+            lora_dropout=0.05,
+            fan_in_fan_out=True,
+            target_modules=["c_attn", "c_fc"],
+            task_type="SEQ_CLS",
+        )
+        model = get_peft_model(model, config)
     texts = list(map(prompt, pairs["sentence1"], pairs["sentence2"]))
     labels = torch.tensor(pairs["label"].to_numpy(int))
     chosen = [range(start, start + BATCH) for start in range(0, len(texts), BATCH)]
-    if case == BUCKETS:
+    if case != BASELINE:
         chosen = buckets([len(ids) for ids in tokenizer(texts)["input_ids"]])
     batches = []
     for indices in chosen:
@@ -130,6 +144,7 @@ if __name__ == "__main__":
             [GENERALIZED],
             "pair_s",
         ),
+        ("pairs per second, our LoRA / PEFT's", LORA_BASELINE, [LORA], "pair_s"),
         ("pairs per second, our LoRA / our full", GENERALIZED, [LORA], "pair_s"),
         ("a step with generalized / with last", GENERALIZED, [LAST], "pair_s"),
         ("a step with multihead / with last", MULTIHEAD, [LAST], "pair_s"),

@@ -1,16 +1,21 @@
 """The largest differences from transformers and PEFT, in float32, on Hugging Face GPT-2 folders.
 
-    python benchmarks/parity.py FOLDER [FOLDER ...]
+    python benchmarks/parity.py FOLDER [FOLDER ...] [--dtypes float32 bfloat16]
 
-Any GPT-2 folder with a tokenizer will do; random weights show as much as trained ones. Prints one
-line per check and writes benchmarks/results/parity.md, with one column per folder.
+Any GPT-2 folder with a tokenizer will do; random weights show as much as trained ones. For each of
+--dtypes, the loss and the greedy text in that precision are compared with those of transformers in
+float32, next to transformers in that precision. CUDA is used if there is a GPU. Prints one line per
+check and writes benchmarks/results/parity.md, with one column per folder.
 """
 
 import argparse
+import functools
+import itertools
 import tempfile
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from harness import FOLDER, markdown
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2LMHeadModel
@@ -22,9 +27,11 @@ from lora import apply_lora, base_sha256, merge_lora
 from models.gpt2 import GPT2Model
 from models.sonnet_gpt import SonnetGPT
 from modules.attention import KVCache
+from training import autocast, choose_device
 
 PROMPT = "Shall I compare thee to a summer's day?\nThou art more lovely and more temperate:\n"
 WIDTH = 48
+DEVICE = choose_device("auto")
 
 
 def largest_difference(one, other):
@@ -32,20 +39,40 @@ def largest_difference(one, other):
 
 
 def load_ours(folder):
-    return SonnetGPT(GPT2Model.from_pretrained(folder))
+    return SonnetGPT(GPT2Model.from_pretrained(folder)).to(DEVICE)
 
 
 def load_theirs(folder):
     """transformers' model in float32; by default it has the precision of the file."""
-    return GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+    return GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval().to(DEVICE)
+
+
+def random_ids(model, *shape):
+    """The same token ids on every device."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, model.config.vocab_size, shape, generator=generator).to(DEVICE)
+
+
+def greedy_text(ours):
+    """The prompt and at most 100 tokens."""
+    return ours.generate([PROMPT], temperature=0, max_new_tokens=100, max_lines=None)[0]
+
+
+def their_greedy_text(theirs, gpt):
+    """The same with transformers' model and our tokenizer."""
+    tokens = torch.tensor(gpt.encode([PROMPT]), device=DEVICE)
+    end = gpt.end_of_text
+    settings = {"do_sample": False, "max_new_tokens": 100, "eos_token_id": end, "pad_token_id": end}
+    reply = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)
+    reply = [token for token in reply[0, tokens.shape[1] :].tolist() if token != end]
+    return PROMPT + gpt.decode(reply)
 
 
 @torch.no_grad()
 def check_logits(folder):
     """Logits and greedy text against transformers; padded or cached batches against one text."""
     ours, theirs = load_ours(folder), load_theirs(folder)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, ours.gpt.config.vocab_size, (3, WIDTH), generator=generator)
+    ids = random_ids(ours.gpt, 3, WIDTH)
     yield "logits against transformers", largest_difference(ours(ids), theirs(ids).logits)
 
     texts = [ids[index, : WIDTH - 10 * index] for index in range(3)]
@@ -76,13 +103,35 @@ def check_logits(folder):
     logits = ours.gpt.hidden_state_to_token(torch.cat(hidden, 1))
     yield "left-padded and cached against single texts", worst(logits, "left")
 
-    tokens = torch.tensor(ours.gpt.encode([PROMPT]))
-    end = ours.gpt.end_of_text
-    settings = {"do_sample": False, "max_new_tokens": 100, "eos_token_id": end, "pad_token_id": end}
-    reply = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)
-    reply = [token for token in reply[0, tokens.shape[1] :].tolist() if token != end]
-    text = ours.generate([PROMPT], temperature=0, max_new_tokens=100, max_lines=None)[0]
-    yield "greedy text of at most 100 tokens is equal", text == PROMPT + ours.gpt.decode(reply)
+    is_equal = greedy_text(ours) == their_greedy_text(theirs, ours.gpt)
+    yield "greedy text of at most 100 tokens is equal", is_equal
+
+
+def common_prefix(one, other):
+    """The characters before the first difference of two texts."""
+    pairs = zip(one, other, strict=False)
+    return list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+@torch.no_grad()
+def check_precision(folder, dtype):
+    """Loss and greedy text in a precision, ours and transformers', against float32."""
+    ours, theirs = load_ours(folder), load_theirs(folder)
+    ids = random_ids(ours.gpt, 4, WIDTH)
+    inputs, labels = ids[:, :-1], ids[:, 1:]
+
+    def their_loss():
+        return F.cross_entropy(theirs(inputs).logits.float().flatten(0, 1), labels.flatten())
+
+    loss, text = their_loss(), their_greedy_text(theirs, ours.gpt)
+    with autocast(DEVICE, getattr(torch, dtype)):
+        losses = {"": ours.loss(inputs, labels), ", transformers": their_loss()}
+        texts = greedy_text(ours), their_greedy_text(theirs, ours.gpt)
+    for (source, value), own in zip(losses.items(), texts, strict=True):
+        yield f"{dtype}{source}: loss against float32", largest_difference(value, loss)
+        equal = len(common_prefix(own, text)) - len(PROMPT)
+        label = f"{dtype}{source}: first equal characters of greedy text"
+        yield label, f"{equal} of {len(text) - len(PROMPT)}"
 
 
 def check_lora(folder):
@@ -93,7 +142,7 @@ def check_lora(folder):
     counts = [sum(p.numel() for p in part) for part in (trained, model.parameters())]
     yield "trainable parameters, with all", "{:,} of {:,}".format(*counts)
     before = base_sha256(model)
-    ids = torch.randint(0, model.gpt.config.vocab_size, (2, 16))
+    ids = random_ids(model.gpt, 2, 16)
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     for _ in range(20):
         model.train().loss(ids, ids.roll(-1, 1)).backward()
@@ -108,7 +157,7 @@ def check_lora(folder):
         size = (first / "adapter_model.safetensors").stat().st_size
         yield "size of the adapter file, bytes", f"{size:,}"
         ours = model(ids)
-        theirs = PeftModel.from_pretrained(load_theirs(folder), first).eval()
+        theirs = PeftModel.from_pretrained(load_theirs(folder), first).eval().to(DEVICE)
         yield "PEFT with our adapter", largest_difference(theirs(ids).logits, ours)
         save_adapter(load_adapter(load_ours(folder), first), again)
         contents = [{p.name: p.read_bytes() for p in part.iterdir()} for part in (first, again)]
@@ -131,7 +180,7 @@ def check_peft_adapter(folder):
         task_type="CAUSAL_LM",
     )
     peft = get_peft_model(load_theirs(folder), config)
-    ids = torch.randint(0, peft.config.vocab_size, (2, 16))
+    ids = random_ids(peft, 2, 16)
     optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(5):
         peft(input_ids=ids, labels=ids).loss.backward()
@@ -150,17 +199,20 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="+", metavar="FOLDER")
+    names = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=names)
     path = FOLDER / "results"
     parser.add_argument("--out_dir", type=Path, default=path, help="folder of parity.md")
     options = parser.parse_args()
     table = {}
     for folder in options.folders:
         print(folder)
-        for check in (check_logits, check_lora, check_peft_adapter):
+        precisions = [functools.partial(check_precision, dtype=name) for name in options.dtypes]
+        for check in (check_logits, check_lora, check_peft_adapter, *precisions):
             for label, value in check(folder):
                 shown = f"{value:.1e}" if isinstance(value, float) else str(value)
                 table.setdefault(label, []).append(shown)
-                print(f"  {label:<44}{shown}", flush=True)
+                print(f"  {label:<64}{shown}", flush=True)
     names = [Path(folder).resolve().name for folder in options.folders]
     text = markdown(["", *names], [[label, *values] for label, values in table.items()])
     write_text(options.out_dir / "parity.md", text)

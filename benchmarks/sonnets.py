@@ -1,6 +1,7 @@
 """Seconds per training step and peak memory on sonnets, compared with transformers and PEFT.
 
     python benchmarks/sonnets.py [MODEL] [--dtypes float32 bfloat16] [--rounds 5] [--steps 3]
+    python benchmarks/sonnets.py --cases "ours, LoRA" "ours, LoRA, compiled"  # on CUDA: --compile
 
 All cases use the same sonnets in batches of 8, GPT-2's dropout and fused AdamW. Baselines pad
 batches in file order, as their users do, and exclude padding from the loss; ours are the batches of
@@ -22,6 +23,7 @@ from modules.loss import IGNORE_INDEX
 FULL, LORA = "ours, full", "ours, LoRA"
 FULL_BASELINE, LORA_BASELINE = "transformers, full", "PEFT, LoRA"
 BFLOAT16_BASELINE = "PEFT, LoRA over a bfloat16 base"
+FULL_COMPILED, LORA_COMPILED = f"{FULL}, compiled", f"{LORA}, compiled"  # only with --cases
 CASES = (FULL_BASELINE, FULL, LORA_BASELINE, LORA, BFLOAT16_BASELINE)
 BATCH = 8
 
@@ -33,9 +35,11 @@ def measure(options, case, device, dtype):
     torch.manual_seed(0)
     sonnets = read_sonnets(ROOT / "data" / "Shakespeare_Sonnets_train.csv")
     sonnets = sonnets.head(BATCH * options.steps)
-    make = ours if case in (FULL, LORA) else baseline
+    make = ours if case.startswith("ours") else baseline
     model, loss_of, batches = make(case, model_folder(options.model), sonnets, dtype)
     model.to(device).train()
+    if case in (FULL_COMPILED, LORA_COMPILED):
+        model.gpt.compile(dynamic=True, backend=options.backend)
     total = sum(p.numel() for name, p in model.named_parameters() if "lora" not in name)
     trained = [p for p in model.parameters() if p.requires_grad]
     metrics = timed_steps(loss_of, trained, batches, device, dtype)
@@ -54,7 +58,7 @@ def measure(options, case, device, dtype):
 def ours(case, folder, sonnets, dtype):
     """Model, loss and batches of sonnet_generation.py."""
     model = SonnetGPT(GPT2Model.from_pretrained(folder))
-    if case == LORA:
+    if case in (LORA, LORA_COMPILED):
         cast_frozen_weights(apply_lora(model, LoRAConfig()), dtype)
     dataset = SonnetsDataset(sonnets, model.gpt)
     batches = [
@@ -93,10 +97,14 @@ def baseline(case, folder, sonnets, dtype):
 
 
 if __name__ == "__main__":
-    options = parser(__doc__).parse_args()
+    options = parser(__doc__)
+    text = "of torch.compile; eager compiles nothing and only shows that it runs"
+    options.add_argument("--backend", default="inductor", help=text)
+    options = options.parse_args()
     results = run(options, measure, CASES, "sonnets")
     columns = {
         "step_s": "seconds per step",
+        "first_step_s": "seconds of the first step",
         "limit_s": "limit",
         "share_of_limit": "share of the limit",
         "peak_gb": "peak memory, GB",
@@ -110,5 +118,9 @@ if __name__ == "__main__":
         ("LoRA memory / the best baseline's", LORA, lora_baselines, "peak_gb"),
         ("LoRA memory / our full memory", LORA, [FULL], "peak_gb"),
         ("full memory / the baseline's", FULL, [FULL_BASELINE], "peak_gb"),
+        ("compiled LoRA step / LoRA step", LORA_COMPILED, [LORA], "step_s"),
+        ("compiled full step / full step", FULL_COMPILED, [FULL], "step_s"),
+        ("compiled LoRA memory / LoRA memory", LORA_COMPILED, [LORA], "peak_gb"),
+        ("compiled full memory / full memory", FULL_COMPILED, [FULL], "peak_gb"),
     ]
     report(options, results, "sonnets", columns, comparisons)

@@ -61,10 +61,12 @@ class CausalSelfAttention(nn.Module):
         p = self.dropout if self.training else 0.0
         # On a CPU, torch's fused kernel has no dropout and slow bfloat16 gradients (2 to 5 times).
         fused_is_slow = p > 0 or (self.training and query.dtype == torch.bfloat16)
-        if fused_is_slow and mask is None and query.device.type == "cpu":
+        eager_cpu = query.device.type == "cpu" and not torch.compiler.is_compiling()
+        if fused_is_slow and mask is None and eager_cpu:
             heads = causal_attention(query, key, value, p)
         else:
-            is_causal = mask is None and query.shape[2] > 1  # a single query attends to all
+            # With a cache, a single query attends to all.
+            is_causal = mask is None and (cache is None or query.shape[2] > 1)
             heads = F.scaled_dot_product_attention(query, key, value, mask, p, is_causal)
         return self.out_proj(heads.transpose(1, 2).flatten(2))  # (B, T, C)
 

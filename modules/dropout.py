@@ -39,11 +39,12 @@ def mask_and_scale(x, keep, scale):
 def dropout(x, p, training=True):
     """Zero each value with probability p and scale the others by 1 / (1 - p).
 
-    On a CPU, p is rounded to a multiple of 1 / 65,536 and the scale uses the rounded p.
+    On a CPU, p is rounded to a multiple of 1 / 65,536 and the scale uses the rounded p. In a
+    compiled graph it is torch's own dropout, because NumPy's random numbers are not part of one.
     """
     if not training or p == 0:
         return x
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
     return CPUDropout.apply(x, min(round(p * LEVELS), LEVELS - 1))
 

@@ -244,6 +244,7 @@ IGNORED += [
         "--batch_size=2",
         "--schedule=linear",
         "--gradient_checkpointing",
+        "--compile",
         "--sonnet_path=x",
         "--dev_sonnet_path=x",
     )
