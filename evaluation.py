@@ -8,8 +8,10 @@ upper limit.
 import math
 import random
 import re
+from itertools import chain
 
 import numpy as np
+import pandas as pd
 import pronouncing
 import torch
 import torch.nn.functional as F
@@ -29,23 +31,26 @@ BATCH_SIZE = 32
 
 
 @torch.no_grad()
-def language_model_metrics(model, dataset, batch_size):
-    """`loss` (nats per token), `perplexity` and `bits_per_character` of a SonnetGPT.
+def language_model_metrics(model, dataset):
+    """`loss` (nats per token), `perplexity` and `bits_per_character` of a SonnetGPT, and its texts.
 
-    Bits per character divide the same loss by characters, so that tokenizers are comparable.
+    Bits per character divide the same loss by characters, so that tokenizers are comparable. The
+    second value is a frame with the `loss` per token of each text and its `num_targets`.
     """
     device = next(model.parameters()).device
-    sums = np.zeros(3)
+    records = []
     model.eval()
-    batches = dataset.batches_in_order(batch_size)
-    for batch in batches[distributed.rank() :: distributed.world_size()]:
-        count = dataset.num_targets(batch)
+    for index in range(len(dataset.sequences))[distributed.rank() :: distributed.world_size()]:
+        batch = dataset.collate([index])  # a single text needs no padding
         loss = model.loss(batch["input_ids"].to(device), batch["labels"].to(device))
-        sums += (loss.item() * count, count, batch["characters"])
-    loss_sum, tokens, characters = distributed.all_sum(*sums.tolist())
-    loss = loss_sum / tokens
-    bits = loss_sum / math.log(2) / characters
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_character": bits}
+        records.append((index, loss.item(), dataset.num_targets(batch)))
+    records = sorted(chain(*distributed.all_gather(records)))
+    texts = pd.DataFrame(records, columns=["index", "loss", "num_targets"]).set_index("index")
+    loss_sum = float(texts["loss"] @ texts["num_targets"])
+    loss = loss_sum / int(texts["num_targets"].sum())
+    bits = loss_sum / math.log(2) / sum(dataset.characters)
+    metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_character": bits}
+    return metrics, texts
 
 
 def chrf(texts, references):
@@ -177,6 +182,13 @@ def classification_metrics(logits, labels):
         "macro_f1": sum(f1) / 2,
         **dict(zip(cells, counts, strict=True)),
     }
+
+
+def classified_pairs(logits, dataset):
+    """A frame with the `loss` (nats), the `predicted` class and the `label` of each pair."""
+    loss = F.cross_entropy(logits, dataset.labels, reduction="none")
+    columns = {"loss": loss, "predicted": logits.argmax(1), "label": dataset.labels}
+    return pd.DataFrame(columns, dataset.ids)
 
 
 def mean_interval(values):

@@ -20,7 +20,7 @@ from cli import (
 )
 from config import ROOT, InputError
 from datasets import PAIR_POOL, PairsDataset, bucketed_batches, read_pairs
-from evaluation import classification_metrics, classify
+from evaluation import classification_metrics, classified_pairs, classify
 from files import write_text
 from lora import apply_lora, cast_frozen_weights
 from models.gpt2 import GPT2Model
@@ -154,7 +154,12 @@ def main(options):
         draw_token_weights(run.folder / "attention.png", model, datasets["dev"], logits["dev"])
     chosen = {name: getattr(options, name) for name in ("dataset", "pooling", "pair_encoding")}
     outputs = format_predictions(options, datasets, logits)
-    finish_run(run, "paraphrases", options, progress, chosen | metrics, outputs)
+    pairs = {
+        split: classified_pairs(logits[split], dataset)
+        for split, dataset in datasets.items()
+        if dataset.labels is not None
+    }
+    finish_run(run, "paraphrases", options, progress, chosen | metrics, outputs, pairs)
 
 
 def load_dataset(options, split, model):

@@ -66,12 +66,13 @@ def main(options):
         return
 
     def evaluate(model, splits):
-        results = {}
+        results, texts = {}, {}
         for split in splits:
             with autocast(device, dtype):
-                metrics = language_model_metrics(model, datasets[split], config.batch_size)
+                metrics, frame = language_model_metrics(model, datasets[split])
             results |= {f"{split}_{name}": value for name, value in metrics.items()}
-        return results
+            texts[split] = frame.set_index(sonnets[split]["id"])
+        return results, texts
 
     # Load
     paths = [getattr(options, name) for name in FILES.values()]
@@ -87,7 +88,7 @@ def main(options):
     run = start_run("sonnets", (), sizes, paths, model, options, dtype)
 
     # Train
-    base = evaluate(model, held_out)
+    base, _ = evaluate(model, held_out)
     if options.use_lora:
         cast_frozen_weights(model, dtype)
     lengths, step_size = datasets["train"].lengths, config.batch_size * config.grad_accumulation
@@ -96,7 +97,7 @@ def main(options):
         collate=datasets["train"].collate,
         loss=lambda model, batch: model.loss(batch["input_ids"], batch["labels"]),
         num_targets=SonnetsDataset.num_targets,
-        evaluate=lambda model: evaluate(model, ["dev"]),
+        evaluate=lambda model: evaluate(model, ["dev"])[0],
         save=save_adapter if options.use_lora else SonnetGPT.save_pretrained,
     )
     progress = Trainer(model, task, config, run, device, dtype).train()
@@ -108,7 +109,7 @@ def main(options):
     if progress.epochs and options.use_lora:
         load_adapter(gpt, run.best)
     model = SonnetGPT(gpt).to(device)
-    tuned = evaluate(model, held_out)
+    tuned, losses = evaluate(model, held_out)
     merge_lora(model)
     texts = generate(model, sonnets["test"], sampling, device, dtype)
     dev_texts = generate(model, sonnets["dev"], sampling | {"max_lines": None}, device, dtype)
@@ -120,7 +121,7 @@ def main(options):
     text = format_sonnets(sonnets["test"], texts)
     outputs = {"generated_sonnets.txt": (options.sonnet_out, text)}
     print(f"\n{preview(sonnets['test'], texts)}")
-    finish_run(run, "sonnets", options, progress, metrics, outputs, base["dev_loss"])
+    finish_run(run, "sonnets", options, progress, metrics, outputs, losses, base["dev_loss"])
 
 
 def prompts(sonnets):
