@@ -8,7 +8,6 @@ upper limit.
 import math
 import random
 import re
-from itertools import chain
 
 import numpy as np
 import pandas as pd
@@ -38,19 +37,18 @@ def language_model_metrics(model, dataset):
     second value is a frame with the `loss` per token of each text and its `num_targets`.
     """
     device = next(model.parameters()).device
-    records = []
+    losses = torch.zeros(len(dataset.lengths), dtype=torch.float64)
     model.eval()
-    for index in range(len(dataset.sequences))[distributed.rank() :: distributed.world_size()]:
+    for index in range(len(losses))[distributed.rank() :: distributed.world_size()]:
         batch = dataset.collate([index])  # a single text needs no padding
-        loss = model.loss(batch["input_ids"].to(device), batch["labels"].to(device))
-        records.append((index, loss.item(), dataset.num_targets(batch)))
-    records = sorted(chain(*distributed.all_gather(records)))
-    texts = pd.DataFrame(records, columns=["index", "loss", "num_targets"]).set_index("index")
-    loss_sum = float(texts["loss"] @ texts["num_targets"])
-    loss = loss_sum / int(texts["num_targets"].sum())
+        losses[index] = model.loss(batch["input_ids"].to(device), batch["labels"].to(device))
+    losses = sum(distributed.all_gather(losses))  # each process filled its own texts
+    num_targets = torch.tensor(dataset.lengths) - 1
+    loss_sum = (losses * num_targets).sum().item()
+    loss = loss_sum / num_targets.sum().item()
     bits = loss_sum / math.log(2) / sum(dataset.characters)
     metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_character": bits}
-    return metrics, texts
+    return metrics, pd.DataFrame({"loss": losses, "num_targets": num_targets})
 
 
 def chrf(texts, references):

@@ -78,6 +78,7 @@ def draw_experiment(path, panels, runs, differences):
     A panel is "parameters" (losses against trainable parameters), "differences" (of single texts),
     or the names of metrics, which are drawn side by side with their 95 % intervals over seeds.
     """
+    panels = [panel for panel in panels if isinstance(panel, str) or set(panel) & set(runs)]
     heights = [4 if isinstance(p, str) else 0.9 + 0.27 * runs["row"].nunique() for p in panels]
     figure = Figure((7, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(panels), height_ratios=heights, squeeze=False).flat
@@ -98,17 +99,14 @@ def draw_parameters(part, runs):
     """
     parameters = runs.groupby("row")["trainable_parameters"].mean()
     for axes, metric in zip(part.subplots(1, 2), ("dev_loss", "test_loss"), strict=True):
-        means = row_means(runs, metric)
-        groups = means.groupby(means.index.str.partition(",").get_level_values(0), sort=False)
+        means = row_means(runs, metric).assign(x=parameters).sort_values("x")
+        groups = means.groupby(means.index.str.replace(",.*", "", regex=True))
         for (name, rows), color in zip(groups, cycle(COLORS), strict=False):
-            x = parameters[rows.index].sort_values()
-            rows = rows.loc[x.index]
+            settings = {"color": color, "label": name}
             if name in rows.index:
-                axes.axhline(rows.loc[name, "mean"], color=color, linestyle=":", label=name)
-                continue
-            axes.errorbar(
-                x, rows["mean"], rows["error"], fmt="o-", color=color, capsize=3, label=name
-            )
+                axes.axhline(rows["mean"].item(), linestyle=":", **settings)
+            else:
+                axes.errorbar("x", "mean", "error", data=rows, fmt="o-", capsize=3, **settings)
         axes.set(xscale="log", xlabel="trainable parameters", ylabel=axis_label(metric))
     labels = axes.get_legend_handles_labels()
     part.legend(*labels, loc="outside lower center", ncols=2, frameon=False)
