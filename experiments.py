@@ -308,6 +308,9 @@ def finish(script, candidates, seeds, options):
         results = pool.map(lambda run: execute(run, arguments[run], code, options.jobs), missing)
         results = tqdm(results, total=len(missing), unit="run")
         failed = dict(zip(missing, results, strict=True))
+    for run, reason in failed.items():
+        if reason:
+            print(f"failed: {without_folders(arguments[run])}: {reason}")
     for record in records:
         reason = failed.get(record["run"])
         stored = {} if reason else stored_run(record["run"])
@@ -398,19 +401,14 @@ def markdown(table):
     return table.to_markdown(disable_numparse=True, index=table.index.name is not None)
 
 
-def count_names(names):
-    return ", ".join(f"{name} ({count})" for name, count in names.value_counts().items())
-
-
 def report(experiment, runs, pooled):
     """The tables of an experiment in markdown; `pooled` has the means of the runs over folds."""
     by_row = pooled.groupby("row", sort=False)
     columns = [name for name in COLUMNS if name in pooled and pooled[name].notna().any()]
     table = by_row[columns].agg(format_values)
     if runs["chosen"].any():
-        chosen = runs[runs["chosen"] != ""].groupby("row")["chosen"]
-        table["chosen (runs)"] = chosen.agg(count_names)
-    sections = [markdown(table.fillna(""))]
+        table["chosen"] = runs.groupby("row")["chosen"].agg(lambda names: "; ".join(names.unique()))
+    sections = [markdown(table)]
     form = [name.removeprefix("gold_") for name in pooled if name.startswith("gold_")]
     if form:
         table = by_row[form].agg(format_values)
@@ -448,11 +446,9 @@ def main():
     if not chosen:
         raise InputError(f"--rows {' '.join(options.rows)} matches none of {'; '.join(rows)}")
     experiment = replace(EXPERIMENTS[options.name], rows=chosen)
-    reserved = {"--seed", "--out_dir", "--resume"} & {
-        word.partition("=")[0] for word in extra_options
-    }
-    if reserved:
-        raise InputError(f"{', '.join(reserved)} is set for each run; use --seeds")
+    for word in extra_options:
+        if word.partition("=")[0] in ("--seed", "--out_dir", "--resume"):
+            raise InputError(f"{word} is set for each run; use --seeds")
     words = without_folders([options.name, *(options.rows or []), *extra_options])
     path = str(ROOT / "results" / re.sub(r"[^\w.]+", "-", words))
     # Runs have other working directories.

@@ -4,8 +4,8 @@ import argparse
 import json
 import shutil
 import sys
+from itertools import chain
 
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -464,13 +464,14 @@ def test_folds_partition_the_sonnets(task):
         [read_sonnets(option.partition("=")[2])["id"].tolist() for option in fold]
         for fold in write_folds()
     ]
-    for place in (0, 1):
-        assert sorted(sum((fold[place] for fold in splits), [])) == list(range(1, 155))
+    tests, devs, _ = zip(*splits, strict=True)
+    for ids in (tests, devs):
+        assert sorted(chain(*ids)) == list(range(1, 155))
     for test, dev, train in splits:
         assert (len(test), len(dev)) == (14, 14)
         assert sorted(test + dev + train) == list(range(1, 155))
-    assert [fold[1] for fold in splits] == [fold[0] for fold in splits[1:] + splits[:1]]
-    assert sorted(splits[0][0])[:5] == [6, 8, 13, 31, 33]  # the same on every machine
+    assert devs == tests[1:] + tests[:1]
+    assert sorted(tests[0])[:5] == [6, 8, 13, 31, 33]  # the same on every machine
 
 
 @pytest.mark.parametrize(
