@@ -377,15 +377,6 @@ def decide(over_seeds, over_texts, margin):
     return "lower" if max(ends) < 0 else "undecided"
 
 
-def smallest_equivalent(parameters, comparisons):
-    """A sentence: the row with the fewest trainable parameters that loses nothing on test."""
-    rows = comparisons.query("metric == 'test_loss' and verdict in ['equivalent', 'lower']")["row"]
-    if rows.empty:
-        return "No row is shown to be equivalent to its baseline on test loss."
-    row = parameters[rows].idxmin()
-    return f"The smallest row that is equivalent to its baseline on test loss, or lower: {row}."
-
-
 def format_values(values):
     """Mean and standard deviation in four digits."""
     mean, deviation = values.mean(), values.std()
@@ -418,8 +409,12 @@ def report(experiment, runs, pooled):
     comparisons = compare(experiment, runs)
     sections.append(markdown(comparisons.copy()))
     if "parameters" in experiment.panels and len(comparisons):
-        parameters = by_row["trainable_parameters"].mean()
-        sections.append(smallest_equivalent(parameters, comparisons))
+        shown = "metric == 'test_loss' and verdict in ['equivalent', 'lower']"
+        sizes = by_row["trainable_parameters"].mean()[comparisons.query(shown)["row"]]
+        smallest = "none is shown" if sizes.empty else sizes.idxmin()
+        sections.append(
+            f"Smallest row with a test loss equivalent to {FULL}, or lower: {smallest}."
+        )
     for (row, reason), failed in runs.groupby(["row", "failed"]):
         seeds = ", ".join(map(str, failed["seed"].unique()))
         sections.append(f"Failed: {row}, seeds {seeds}: {reason}")
@@ -456,10 +451,11 @@ def main():
         str(Path(word).resolve()) if Path(word).exists() else word for word in extra_options
     ]
     runs = gather(experiment, options, extra_options)
-    pooled = runs.groupby(["row", "seed"], sort=False).mean(numeric_only=True, skipna=False)
+    by_seed = runs.groupby(["row", "seed"], sort=False, as_index=False)
+    pooled = by_seed.mean(numeric_only=True, skipna=False)  # over folds
     from plots import draw_experiment  # matplotlib is slow to import
 
-    text = report(experiment, runs, pooled.reset_index())
+    text = report(experiment, runs, pooled)
     write_csv(Path(f"{path}.csv"), runs.drop(columns="texts"))
     write_text(Path(f"{path}.md"), text)
     by_text = {
@@ -467,7 +463,7 @@ def main():
         for row, baseline, frame in differences(experiment, runs, "test_loss")
     }
     if runs["failed"].isna().any():
-        draw_experiment(Path(f"{path}.png"), experiment.panels, pooled.reset_index(), by_text)
+        draw_experiment(Path(f"{path}.png"), experiment.panels, pooled, by_text)
     print(text)
     sys.exit(int(runs["failed"].notna().any()))
 

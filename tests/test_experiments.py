@@ -1,7 +1,6 @@
 """A question becomes a table: what is run, what a table shows, and intervals worked out by hand."""
 
 import argparse
-import json
 import shutil
 import sys
 from itertools import chain
@@ -194,7 +193,7 @@ def test_a_changed_default_or_file_is_run_again(task, tmp_path, monkeypatch):
 
 
 def test_a_base_is_identified_by_its_weights(task, tmp_path):
-    """A folder whose weights are trained further keeps its name, and a copy of a folder does not."""
+    """Not by its path: trained further, it keeps its name, and a copy has another one."""
     names = []
     for folder, weights in (("a", b"1"), ("a", b"2"), ("b", b"2")):
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -446,7 +445,7 @@ def test_times_are_those_of_single_runs(task):
 
 
 def test_a_candidate_is_chosen_on_dev(task, monkeypatch):
-    """Two seeds of each candidate, all seeds of the one with the lowest loss; a failed one loses."""
+    """Two seeds of each candidate, then all seeds of the best; one that failed is not chosen."""
     rows = {"one": "", "two": {"a": "--lr 2", "b": "--lr 1.5", "c": "--lr 3"}}
     add_experiment(monkeypatch, rows)
     runs = collect(seeds=3)
