@@ -1,6 +1,8 @@
 """A question becomes a table: what is run, what a table shows, and intervals worked out by hand."""
 
 import argparse
+import importlib
+import json
 import shutil
 import sys
 from itertools import chain
@@ -396,6 +398,33 @@ def test_a_row_has_several_baselines():
     for name in ("joint", "separate", "separate --use_lora"):
         baselines = [b for b, rows in comparisons.items() if f"{name}: generalized" in rows]
         assert baselines == [f"{name}: last", f"{name}: mean"]
+
+
+@pytest.mark.parametrize("script", ["sonnet_generation", "paraphrase_detection"])
+def test_the_means_of_a_run_s_texts_are_its_metrics(folder, tmp_path, script):
+    """per_text.csv has every dev and test text with its id; the test texts differ in length."""
+    options = [f"--model_size={folder}", "--device=cpu", "--epochs=0", f"--out_dir={tmp_path}"]
+    if script == "sonnet_generation":
+        text = "".join(f"{number}\n\na\nb\nc\n{'d ' * number}\n\n" for number in (2, 5, 9))
+        names = ("sonnet_path", "dev_sonnet_path", "held_out_sonnet_path")
+        options += ["--max_new_tokens=1", f"--sonnet_out={tmp_path / 'out.txt'}"]
+    else:
+        text = "id\tsentence1\tsentence2\tis_duplicate\n"
+        text += "".join(f"{name}\t{'a ' * name}\tb\t{name % 2}\n" for name in (2, 5, 9))
+        names = ("para_train", "para_dev", "para_test")
+        options += [f"--para_{split}_out={tmp_path / split}.csv" for split in ("dev", "test")]
+    (tmp_path / "data.txt").write_text(text)
+    options += [f"--{name}={tmp_path / 'data.txt'}" for name in names]
+    module = importlib.import_module(script)
+    module.main(module.parse_options(options))
+    per_text = pd.read_csv(tmp_path / "per_text.csv")
+    for split in ("dev", "test"):
+        assert per_text[per_text["split"] == split]["id"].tolist() == [2, 5, 9]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    values = values_by_text(per_text)
+    assert {"test_loss"} < set(values)
+    for metric, numbers in values.items():
+        assert sum(numbers) / 3 == pytest.approx(summary[metric], abs=1e-4), metric
 
 
 def test_values_by_text_by_hand():
