@@ -10,6 +10,7 @@ import random
 import re
 
 import numpy as np
+import pandas as pd
 import pronouncing
 import torch
 import torch.nn.functional as F
@@ -29,23 +30,26 @@ BATCH_SIZE = 32
 
 
 @torch.no_grad()
-def language_model_metrics(model, dataset, batch_size):
-    """`loss` (nats per token), `perplexity` and `bits_per_character` of a SonnetGPT.
+def language_model_metrics(model, dataset):
+    """`loss` (nats per token), `perplexity` and `bits_per_character` of a SonnetGPT, and its texts.
 
-    Bits per character divide the same loss by characters, so that tokenizers are comparable.
+    Bits per character divide the same loss by characters, so that tokenizers are comparable. The
+    second value is a frame with the `loss` per token of each text and its `num_targets`.
     """
     device = next(model.parameters()).device
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    losses = torch.zeros(len(dataset.lengths), dtype=torch.float64, device=device)
     model.eval()
-    everything = range(len(dataset.sequences))
-    batches = split(everything, batch_size)
-    for indices in batches[distributed.rank() :: distributed.world_size()]:
-        batch = {name: tensor.to(device) for name, tensor in dataset.collate(indices).items()}
-        loss_sum += model.loss(**batch).double() * dataset.num_targets(indices)
-    loss_sum = distributed.all_reduce(loss_sum).item()
-    loss = loss_sum / dataset.num_targets(everything)
+    for index in range(len(losses))[distributed.rank() :: distributed.world_size()]:
+        batch = dataset.collate([index])  # a single text needs no padding
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        losses[index] = model.loss(**batch)
+    losses = distributed.all_reduce(losses).cpu()  # each process filled its own texts
+    num_targets = torch.tensor(dataset.lengths) - 1
+    loss_sum = (losses * num_targets).sum().item()
+    loss = loss_sum / num_targets.sum().item()
     bits = loss_sum / math.log(2) / sum(dataset.characters)
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_character": bits}
+    metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_character": bits}
+    return metrics, pd.DataFrame({"loss": losses, "num_targets": num_targets})
 
 
 def chrf(texts, references):
@@ -178,6 +182,13 @@ def classification_metrics(logits, labels):
         "macro_f1": sum(f1) / 2,
         **dict(zip(cells, counts, strict=True)),
     }
+
+
+def classified_pairs(logits, dataset):
+    """A frame with the `loss` (nats), the `predicted` class and the `label` of each pair."""
+    loss = F.cross_entropy(logits, dataset.labels, reduction="none")
+    columns = {"loss": loss, "predicted": logits.argmax(1), "label": dataset.labels}
+    return pd.DataFrame(columns, dataset.ids)
 
 
 def mean_interval(values):

@@ -1,13 +1,13 @@
 """Turn a question into a table: runs over options and seeds, in results/NAME.{csv,md,png}.
 
     python experiments.py sonnets                      # full fine-tuning, LoRA, the base model
-    python experiments.py poolings --seeds 3 --jobs 2  # two runs at a time; ignore their times
+    python experiments.py poolings --seeds 3 --jobs 2  # two runs at a time, so times are not shown
     python experiments.py poolings --rows last mean    # only rows that contain one of these words
     python experiments.py poolings --dataset quora     # other options go to the task script
 
-Runs are kept in runs/experiments under a hash of script, options, data, base model and code, so
-an interrupted table continues and a change of any of these repeats its runs. Comments and plots do
-not count as code. Failed runs are shown in the table and repeated the next time.
+A finished run is stored in results/runs under a hash of script, options, data and base model. It is
+used on every machine, and repeated if the code that computes has changed: comments and plots do
+not count. An interrupted table continues. Failed runs are shown and repeated the next time.
 """
 
 import hashlib
@@ -27,8 +27,8 @@ import pandas as pd
 from tqdm import tqdm
 
 from cli import Parser, exit_cleanly
-from config import BUNDLED_MODEL, LINEARS, ROOT, InputError
-from datasets import read_pairs
+from config import BUNDLED_MODEL, ROOT, InputError
+from datasets import read_sonnets
 from evaluation import bootstrap_interval, mean_interval
 from files import read_json, write_csv, write_text
 from models.hugging_face import MODEL_PATTERNS, matching_files
@@ -36,8 +36,11 @@ from pooling import POOLINGS
 from runs import OUTPUT_OPTIONS, code_sha256, file_sha256
 
 FIRST_SEED = 11711
+SELECTION_SEEDS = 2  # candidates are compared on dev with the first seeds
+FOLDS = 11
 RUNS = ROOT / "runs" / "experiments"
-COST = ("seconds_per_epoch", "peak_memory_gb")
+STORED = ROOT / "results" / "runs"
+COST = ["seconds_per_epoch", "peak_memory_gb"]
 COLUMNS = (  # of the first table, where a run has them
     "dev_loss test_loss test_bits_per_character dev_accuracy test_accuracy test_macro_f1 "
     "trainable_parameters best_epoch seconds_per_epoch peak_memory_gb"
@@ -45,226 +48,328 @@ COLUMNS = (  # of the first table, where a run has them
 LOSS_MARGINS = {"dev_loss": 0.02, "test_loss": 0.02}  # nats, 2 % of the perplexity
 PAIR_MARGINS = {"dev_accuracy": 0.01, "test_accuracy": 0.01, "test_loss": 0.02}
 LOSS_PANEL, PAIR_PANEL = ("dev_loss", "test_loss"), ("test_accuracy", "test_loss")
+NOTES = (
+    "Losses are in nats per token, or per pair. The interval over seeds (Student's t of the "
+    "differences between runs of the same seed) is about other initializations and orders of the "
+    "training data, with the same texts. The interval over texts (bootstrap of the differences of "
+    "single texts, averaged over seeds) is about other texts, with the same models. Both are of "
+    "the difference shown, in which a sonnet counts by its number of tokens. A verdict needs both. "
+    "The intervals are not corrected for the number of rows, and dev metrics also chose epochs and "
+    "candidates. Times are of training alone, memory is the peak of the process, both of runs with "
+    "--jobs 1."
+)
 
 
 @dataclass(frozen=True)
 class Experiment:
     """A table: a task script, the options of each row, and what to compare and to draw.
 
-    A row is compared with the first row that has the same text before the colon, if there is one.
+    A row may have candidates, a dict of names and options; the lowest dev loss chooses one.
     """
 
     script: str
     rows: dict
+    comparisons: dict  # baseline -> rows
     margins: dict  # metric -> smaller differences count as equivalent
     panels: tuple  # see plots.draw_experiment
+    cross_validation: bool = False  # over all bundled sonnets
 
-    def baseline(self, row):
-        group = row.rpartition(":")[0]
-        return next(other for other in self.rows if other.rpartition(":")[0] == group)
+
+def with_rates(options, rates, name=""):
+    return {f"{name}lr {rate}": f"{options} --lr {rate}" for rate in rates}
 
 
 # To ask a question of your own, add an entry. Fix the margins before looking at results.
+FULL, LORA = "full fine-tuning", "--use_lora"
+FULL_RATES, LORA_RATES = (
+    ("1e-4", "5e-5", "2e-4"),
+    ("1e-3", "5e-4", "2e-3"),
+)  # of the bundled model, defaults first
 REPORT = "--preset report --model_size tiny"
-TARGETS = ("q_proj", "q_proj v_proj", " ".join(LINEARS[:4]), "q_proj v_proj interm_dense")
-PAIRS = "--epochs 1 --pair_encoding"
-RATES = {"": ("1e-4", "5e-5", "2e-4"), "--use_lora": ("1e-3", "5e-4", "2e-3")}  # defaults first
+TARGETS = (
+    "q_proj",
+    "q_proj v_proj",
+    "q_proj k_proj v_proj out_proj",
+    "q_proj v_proj interm_dense",
+    "all",
+)
+BEST_ROWS = {FULL: with_rates("", FULL_RATES)} | {
+    f"{targets}, rank {rank}": with_rates(
+        f"{LORA} --lora_rank {rank} --lora_targets {targets}", LORA_RATES
+    )
+    for targets in TARGETS
+    for rank in (1, 4, 16, 64)
+}
+RANK_16 = f"{LORA} --lora_targets all --lora_rank 16 --lora_alpha 32"
+FOLD_ROWS = {
+    FULL: "",
+    "LoRA": LORA,
+    "full, chosen on dev": with_rates("", FULL_RATES),
+    "LoRA, chosen on dev": with_rates(RANK_16, LORA_RATES, "rank 16, ")
+    | {"rank 4, lr 1e-3": f"{LORA} --lora_targets all --lr 1e-3"},
+    "base model": f"--epochs 0 --seed {FIRST_SEED}",  # its loss is the same for all seeds
+}
+FULL_ROWS = with_rates("", FULL_RATES, "full, ")
+LORA_ROWS = with_rates(LORA, LORA_RATES, "LoRA, ")
+SOME = ("last", "mean", "generalized")
+ENCODINGS = {"joint": SOME, "separate": POOLINGS, f"separate {LORA}": SOME}
 EXPERIMENTS = {
     "sonnets": Experiment(
         "sonnet_generation",
         {
-            "full fine-tuning": "",
-            "LoRA": "--use_lora",
+            FULL: "",
+            "LoRA": LORA,
             "base model": "--epochs 0",
             "the report's settings: full": REPORT,
-            "the report's settings: LoRA": f"{REPORT} --use_lora",
+            "the report's settings: LoRA": f"{REPORT} {LORA}",
+        },
+        {
+            FULL: ["LoRA", "base model"],
+            "the report's settings: full": ["the report's settings: LoRA"],
         },
         LOSS_MARGINS | dict.fromkeys(COST, 0.0),
         (LOSS_PANEL, COST),
     ),
-    "lora_rank": Experiment(
+    "lora_best": Experiment(
         "sonnet_generation",
-        {"full fine-tuning": ""}
-        | {
-            f"{targets}, rank {rank}": f"--use_lora --lora_rank {rank} --lora_targets {targets}"
-            for targets in TARGETS
-            for rank in (1, 4, 64)
-        },
+        BEST_ROWS,
+        {FULL: BEST_ROWS},
         LOSS_MARGINS,
         ("parameters", LOSS_PANEL, COST),
     ),
+    "cross_validation": Experiment(
+        "sonnet_generation",
+        FOLD_ROWS,
+        {FULL: FOLD_ROWS, "full, chosen on dev": ["LoRA, chosen on dev"]},
+        {"test_loss": 0.02},
+        ("differences", ("test_loss",)),
+        cross_validation=True,
+    ),
     "learning_rate": Experiment(
         "sonnet_generation",
-        {
-            f"{method or 'full'}: {rate}": f"--lr {rate} {method}"
-            for method, rates in RATES.items()
-            for rate in rates
-        },
+        FULL_ROWS | LORA_ROWS,
+        {"full, lr 1e-4": FULL_ROWS, "LoRA, lr 1e-3": LORA_ROWS},
         LOSS_MARGINS,
         (LOSS_PANEL,),
     ),
     "poolings": Experiment(
         "paraphrase_detection",
         {
-            f"{encoding}: {pooling}": f"{PAIRS} {encoding} --pooling {pooling}"
-            for encoding in ("joint", "separate", "separate --use_lora")
-            for pooling in POOLINGS
+            f"{encoding}: {pooling}": f"--pair_encoding {encoding} --pooling {pooling}"
+            for encoding, poolings in ENCODINGS.items()
+            for pooling in poolings
         },
+        {
+            f"{name}: last": [f"{name}: {pooling}" for pooling in ENCODINGS[name]]
+            for name in ENCODINGS
+        }
+        | {f"{name}: mean": [f"{name}: generalized"] for name in ENCODINGS},
         PAIR_MARGINS,
         (PAIR_PANEL, COST),
     ),
 }
 
 
-def run_folder(script, arguments, code):
-    """The folder of a run; a file that an option names counts with its contents."""
+def write_folds():
+    """Split all bundled sonnets into folds; yields the options that name the files of each.
+
+    Fold k is the test set, the next one is dev, and the others train. Sonnets are ordered by a
+    hash, which is the same on every machine.
+    """
+    paths = sorted((ROOT / "data").glob("Shakespeare_Sonnets_*.csv"))
+    sonnets = pd.concat(map(read_sonnets, paths))
+    keys = [hashlib.sha256(f"{FIRST_SEED} {name}".encode()).digest() for name in sonnets["id"]]
+    sonnets = sonnets.iloc[np.argsort(keys)]
+    for fold in range(FOLDS):
+        place = (np.arange(len(sonnets)) - fold) % FOLDS
+        splits = {"held_out_sonnet_path": place == 0, "dev_sonnet_path": place == 1}
+        splits["sonnet_path"] = place > 1
+        paths = {name: RUNS / "folds" / f"{fold}-{name}.csv" for name in splits}
+        for name, path in paths.items():
+            write_csv(path, sonnets[splits[name]])
+        yield [f"--{name}={path}" for name, path in paths.items()]
+
+
+def run_name(script, arguments):
+    """Script and hash of a run's options; a file that one names counts with its contents."""
     values = vars(importlib.import_module(script).parse_options(arguments))
     values = {name: values[name] for name in values if name not in OUTPUT_OPTIONS}
     base = BUNDLED_MODEL if values["model_size"] == "tiny" else Path(values["model_size"])
+    if base.is_dir():
+        values["model_size"] = ""  # the contents of its files identify it
     values |= {name: str(base / name) for name in matching_files(base, MODEL_PATTERNS)}
     for name, value in values.items():
         if isinstance(value, str) and Path(value).is_file():
             values[name] = file_sha256(value)
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-    return RUNS / f"{script}-{digest[:12]}-{code[:12]}"
+    return f"{script}-{digest[:12]}"
 
 
-def is_finished(folder):
-    """Whether the run is complete and was made with the code that its folder names."""
+def stored_run(run):
+    """The summary, texts and settings of a finished run; empty if there is none."""
+    path = STORED / f"{run}.json"
+    return read_json(path) if path.exists() else {}
+
+
+def without_folders(words):
+    return re.sub(r"\S*/", "", " ".join(words))
+
+
+def execute(run, arguments, code, jobs):
+    """Run a task script, or resume its run, and store the result; returns why it failed."""
+    script = run.rpartition("-")[0]
+    folder = RUNS / f"{run}-{code[:12]}-{jobs}"  # times depend on the number of jobs
     if not (folder / "summary.json").exists():
-        return False
-    code = folder.name.rpartition("-")[2]
-    return read_json(folder / "config.json")["code_sha256"].startswith(code)
-
-
-def other_code(folder):
-    """The newest finished run of the same options with other code, or None."""
-    finished = RUNS.glob(f"{folder.name.rpartition('-')[0]}-*/summary.json")
-    newest = max(finished, key=lambda path: path.stat().st_mtime, default=None)
-    return newest and newest.parent
-
-
-def execute(folder, arguments, jobs):
-    """Run a task script, or resume its run; returns why it failed, or None."""
-    script = folder.name.rsplit("-", 2)[0]
-    if (folder / "summary.json").exists():
-        shutil.rmtree(folder)  # made with code that was edited meanwhile
-    folder.mkdir(parents=True, exist_ok=True)  # the working directory, with predictions/ of its own
-    command = [sys.executable, str(ROOT / f"{script}.py"), *arguments]
-    command += ["--out_dir", str(folder), "--resume"]
-    threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} if jobs > 1 else {}
-    settings = {"capture_output": True, "encoding": "utf-8", "env": threads | os.environ}
-    result = subprocess.run(command, cwd=folder, **settings)
-    write_text(folder / "output.txt", result.stdout + result.stderr)
-    if result.returncode:
-        return (result.stderr.strip() or f"exit code {result.returncode}").splitlines()[-1]
-    if not is_finished(folder):
+        folder.mkdir(parents=True, exist_ok=True)  # the working directory, for its predictions/
+        command = [sys.executable, str(ROOT / f"{script}.py"), *arguments]
+        command += ["--out_dir", str(folder), "--resume"]
+        threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} if jobs > 1 else {}
+        settings = {"capture_output": True, "encoding": "utf-8", "env": threads | os.environ}
+        result = subprocess.run(command, cwd=folder, **settings)
+        write_text(folder / "output.txt", result.stdout + result.stderr)
+        if result.returncode:
+            return (result.stderr.strip() or f"exit code {result.returncode}").splitlines()[-1]
+    config = read_json(folder / "config.json")
+    if not config["code_sha256"].startswith(code[:12]):
+        shutil.rmtree(folder)
         return "the code was edited while the table was computed; repeat the command"
+    stored = {"options": without_folders(arguments), "jobs": jobs, "code_sha256": code}
+    stored |= {name: config[name] for name in ("commit", "dtype", "device", "threads")}
+    stored |= read_json(folder / "summary.json")
+    if jobs > 1:
+        stored |= dict.fromkeys(COST)
+    stored["texts"] = values_by_text(pd.read_csv(folder / "per_text.csv"))
+    stored["texts"] |= {name: [stored.get(name)] for name in COST}
+    write_text(STORED / f"{run}.json", json.dumps(stored, separators=(",", ":")) + "\n")
     return None
 
 
-def gather(experiment, options, extra_options):
-    """The summaries of all runs, one record per row and seed; missing runs are executed first.
+def values_by_text(per_text):
+    """Lists of values whose means are the metrics of a run; dev losses of pairs are left out.
 
-    The column `failed` says why a run failed. `extra_options` options follow those of the row.
+    The loss of a sonnet is multiplied by its share of the tokens, relative to the mean.
     """
-    code = code_sha256()
-    records, missing = [], {}
-    for seed in range(FIRST_SEED, FIRST_SEED + options.seeds):  # all rows of a seed, then the next
-        for row, row_options in experiment.rows.items():
-            arguments = [*row_options.split(), *extra_options, "--seed", str(seed)]
-            folder = run_folder(experiment.script, arguments, code)
-            records.append(
-                {"row": row, "seed": seed, "folder": folder, "commit": None, "dtype": None}
-            )
-            if not is_finished(folder):
-                missing[folder] = arguments
-    reusable = {folder: run for folder in missing if (run := other_code(folder))}
-    if reusable:
+    texts = {}
+    for split, frame in per_text.groupby("split"):
+        loss = frame["loss"]
+        if "num_targets" in frame:
+            loss *= frame["num_targets"] / frame["num_targets"].mean()
+        else:
+            correct = frame["predicted"] == frame["label"]
+            texts[f"{split}_accuracy"] = correct.astype(int).tolist()
+        texts[f"{split}_loss"] = loss.round(4).tolist()
+    if "dev_accuracy" in texts:
+        del texts["dev_loss"]  # of thousands of pairs
+    return texts
+
+
+def gather(experiment, options, extra_options):
+    """The runs of an experiment, one record per row, fold and seed; missing ones are executed.
+
+    `extra_options` options follow those of the row. Where a row has candidates, each fold uses the
+    one with the lowest mean dev loss over the first seeds.
+    """
+    seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
+    candidates = {
+        (row, fold, name): [*files, *words.split(), *extra_options]
+        for fold, files in enumerate(write_folds() if experiment.cross_validation else [[]])
+        for row, choices in experiment.rows.items()
+        for name, words in (choices if isinstance(choices, dict) else {"": choices}).items()
+    }
+    if trials := {key: words for key, words in candidates.items() if key[-1]}:
+        runs = finish(experiment.script, trials, seeds[:SELECTION_SEEDS], options)
+        runs["dev_loss"] = runs["dev_loss"].astype(float).fillna(np.inf)  # of failed runs
+        losses = runs.groupby(["row", "fold", "chosen"], sort=False)["dev_loss"].mean()
+        losers = set(trials) - set(losses.groupby(["row", "fold"]).idxmin())
+        candidates = {key: words for key, words in candidates.items() if key not in losers}
+    return finish(experiment.script, candidates, seeds, options)
+
+
+def finish(script, candidates, seeds, options):
+    """A record for each candidate and seed; the column `failed` says why a run failed.
+
+    `candidates` maps row, fold and name to arguments.
+    """
+    code, records, arguments = code_sha256(), [], {}
+    for seed in seeds:  # all rows of a seed, then the next
+        for (row, fold, name), words in candidates.items():
+            words = ["--seed", str(seed), *words]
+            run = run_name(script, words)
+            arguments[run] = words
+            records.append({"row": row, "seed": seed, "fold": fold, "chosen": name, "run": run})
+    missing = [run for run in arguments if stored_run(run).get("code_sha256") != code]
+    other_code = list(filter(stored_run, missing))
+    if other_code:
         action = "used" if options.accept_other_code else "repeated (or use --accept_other_code)"
-        print(f"{len(reusable)} runs were made with other code; they are {action}")
-    if not options.accept_other_code:
-        reusable = {}
-    missing = {folder: missing[folder] for folder in missing if folder not in reusable}
+        print(f"{len(other_code)} runs were made with other code; they are {action}")
+    if options.accept_other_code:
+        missing = [run for run in missing if run not in other_code]
     with ThreadPoolExecutor(options.jobs) as pool:
-        results = pool.map(lambda run: execute(*run, options.jobs), missing.items())
-        bar = tqdm(results, total=len(records), initial=len(records) - len(missing), unit="run")
-        failed = dict(zip(missing, bar, strict=True))
+        results = pool.map(lambda run: execute(run, arguments[run], code, options.jobs), missing)
+        results = tqdm(results, total=len(missing), unit="run")
+        failed = dict(zip(missing, results, strict=True))
+    for run, reason in failed.items():
+        if reason:
+            print(f"failed: {without_folders(arguments[run])}: {reason}")
     for record in records:
-        record["failed"] = failed.get(record["folder"])
-        folder = reusable.get(record["folder"], record["folder"])
-        record["folder"] = folder.relative_to(ROOT).as_posix()
-        if not record["failed"]:
-            config = read_json(folder / "config.json")
-            record |= {"commit": config["commit"], "dtype": config["dtype"]}
-            record |= read_json(folder / "summary.json")
+        reason = failed.get(record["run"])
+        stored = {} if reason else stored_run(record["run"])
+        empty = dict.fromkeys(["failed", "commit", "dtype", "dev_loss", "texts"])
+        record |= empty | stored | record | {"failed": reason}
     return pd.DataFrame(records)
 
 
-def correct(folder, split):
-    """1 for each labeled pair of a split that a run classifies correctly, else 0, by id."""
-    options = read_json(ROOT / folder / "config.json")["options"]
-    gold = read_pairs(options[f"para_{split}"]).set_index("id")["label"].dropna()
-    path = ROOT / folder / "predictions" / f"para-{split}-output.csv"
-    predicted = pd.read_csv(
-        path,
-        skiprows=1,
-        names=["id", "label"],
-        dtype={"id": str},
-        index_col=0,
-        keep_default_na=False,
-    )
-    return (predicted["label"].loc[gold.index] == gold).astype(float)
+def differences(experiment, runs, metric):
+    """Yield row, baseline and a frame of their differences by seed (index) and text (columns)."""
+    values = {}
+    for (row, seed), folds in runs.groupby(["row", "seed"]):
+        if folds["texts"].notna().all():
+            lists = [texts.get(metric, []) for texts in folds["texts"]]
+            values.setdefault(row, {})[seed] = np.concatenate(lists).astype(float)
+    frames = {row: pd.DataFrame.from_dict(values[row], orient="index") for row in values}
+    for baseline, rows in experiment.comparisons.items():
+        for row in rows:
+            if row != baseline and {row, baseline} <= set(frames):
+                frame = (frames[row] - frames[baseline]).dropna()
+                if frame.size:
+                    yield row, baseline, frame
 
 
 def compare(experiment, runs):
-    """Differences from each row's baseline over the same seeds, with two 95 % intervals.
-
-    One interval is over seeds (paired t), the other over pairs of texts (bootstrap of the means
-    over seeds), where predictions are known.
-    """
+    """Differences with 95 % intervals over seeds (paired t) and over texts (bootstrap)."""
     records = []
-    folders = runs.pivot(index="seed", columns="row", values="folder")
     for metric, margin in experiment.margins.items():
-        if metric not in runs:
-            continue
-        values = runs.pivot(index="seed", columns="row", values=metric)
-        for row in experiment.rows:
-            base = experiment.baseline(row)
-            differences = (values[row] - values[base]).dropna()
-            if row == base or differences.empty:
-                continue
-            over_seeds, over_pairs = (), ()
-            if len(differences) > 1:
-                over_seeds = mean_interval(differences)[1:]
-            split, _, name = metric.rpartition("_")
-            if name == "accuracy":
-                pairs = folders.loc[differences.index, [row, base]].to_numpy()
-                gains = [correct(one, split) - correct(other, split) for one, other in pairs]
-                over_pairs = bootstrap_interval(np.mean(gains, axis=0))
-            records.append(
-                {
-                    "row": row,
-                    "metric": metric,
-                    "baseline": base,
-                    "difference": f"{differences.mean():+.3f}",
-                    "95 % CI over seeds": " to ".join(f"{end:+.3f}" for end in over_seeds),
-                    "95 % CI over pairs": " to ".join(f"{end:+.3f}" for end in over_pairs),
-                    "margin": margin or "",
-                    "verdict": decide(over_seeds, over_pairs, margin),
-                }
-            )
-    return pd.DataFrame(records)
+        for row, baseline, frame in differences(experiment, runs, metric):
+            over_seeds, over_texts = (), ()
+            if len(frame) > 1:
+                over_seeds = mean_interval(frame.mean(axis=1))[1:]
+            if frame.shape[1] > 1:  # times and memory have no texts
+                over_texts = bootstrap_interval(frame.mean())
+            record = {
+                "row": row,
+                "metric": metric,
+                "baseline": baseline,
+                "difference": f"{frame.mean(axis=None):+.3f}",
+                "95 % CI over seeds": " to ".join(f"{end:+.3f}" for end in over_seeds),
+                "95 % CI over texts": " to ".join(f"{end:+.3f}" for end in over_texts),
+                "margin": margin or "",
+                "verdict": decide(over_seeds, over_texts, margin),
+            }
+            if metric.endswith("accuracy"):
+                count = frame.abs().sum(axis=1).mean()
+                record["pairs classified differently"] = f"{count:.0f} of {frame.shape[1]}"
+            records.append(record)
+    return pd.DataFrame(records).fillna("")
 
 
-def decide(over_seeds, over_pairs, margin):
+def decide(over_seeds, over_texts, margin):
     """What all intervals agree on; a single seed decides nothing.
 
     Equivalent means that the intervals lie within the margin (two one-sided tests at 2.5 %).
     """
     if not over_seeds:
         return "undecided"
-    ends = [*over_seeds, *over_pairs]
+    ends = [*over_seeds, *over_texts]
     if max(map(abs, ends)) < margin:
         return "equivalent"
     if min(ends) > 0:
@@ -287,25 +392,36 @@ def markdown(table):
     return table.to_markdown(disable_numparse=True, index=table.index.name is not None)
 
 
-def report(experiment, runs):
-    """The tables of an experiment in markdown."""
-    columns = [name for name in COLUMNS if name in runs and runs[name].notna().any()]
-    by_row = runs.groupby("row", sort=False)
-    sections = [markdown(by_row[columns].agg(format_values))]
-    form = [name.removeprefix("gold_") for name in runs if name.startswith("gold_")]
+def report(experiment, runs, pooled):
+    """The tables of an experiment in markdown; `pooled` has the means of the runs over folds."""
+    by_row = pooled.groupby("row", sort=False)
+    columns = [name for name in COLUMNS if name in pooled and pooled[name].notna().any()]
+    table = by_row[columns].agg(format_values)
+    if runs["chosen"].any():
+        table["chosen"] = runs.groupby("row")["chosen"].agg(lambda names: "; ".join(names.unique()))
+    sections = [markdown(table)]
+    form = [name.removeprefix("gold_") for name in pooled if name.startswith("gold_")]
     if form:
         table = by_row[form].agg(format_values)
         for name, source in (("Shakespeare", "gold_"), ("random lines", "random_")):
-            table.loc[name] = [format_values(runs[source + column]) for column in form]
+            table.loc[name] = [format_values(pooled[source + column]) for column in form]
         sections.append(markdown(table))
-    sections.append(markdown(compare(experiment, runs)))
+    comparisons = compare(experiment, runs)
+    sections.append(markdown(comparisons.copy()))
+    if "parameters" in experiment.panels and len(comparisons):
+        shown = "metric == 'test_loss' and verdict in ['equivalent', 'lower']"
+        sizes = by_row["trainable_parameters"].mean()[comparisons.query(shown)["row"]]
+        smallest = "none is shown" if sizes.empty else sizes.idxmin()
+        sections.append(
+            f"Smallest row with a test loss equivalent to {FULL}, or lower: {smallest}."
+        )
     for (row, reason), failed in runs.groupby(["row", "failed"]):
-        sections.append(f"Failed: {row}, seeds {', '.join(map(str, failed['seed']))}: {reason}")
+        seeds = ", ".join(map(str, failed["seed"].unique()))
+        sections.append(f"Failed: {row}, seeds {seeds}: {reason}")
     sources = runs.loc[runs["failed"].isna(), ["commit", "dtype"]].value_counts(dropna=False)
     shown = ", ".join(f"{count} of {' '.join(map(str, key))}" for key, count in sources.items())
     sections.append(
-        f"Mean \u00b1 standard deviation over {runs['seed'].nunique()} seeds. Losses in nats. "
-        "Times are of training alone, memory is the peak of the process. "
+        f"Mean \u00b1 standard deviation over {runs['seed'].nunique()} seeds. {NOTES} "
         f"Runs by commit (and precision): {shown}."
     )
     return "\n\n".join(sections) + "\n"
@@ -325,24 +441,29 @@ def main():
     if not chosen:
         raise InputError(f"--rows {' '.join(options.rows)} matches none of {'; '.join(rows)}")
     experiment = replace(EXPERIMENTS[options.name], rows=chosen)
+    for word in extra_options:
+        if word.partition("=")[0] in ("--seed", "--out_dir", "--resume"):
+            raise InputError(f"{word} is set for each run; use --seeds")
+    words = without_folders([options.name, *(options.rows or []), *extra_options])
+    path = str(ROOT / "results" / re.sub(r"[^\w.]+", "-", words))
     # Runs have other working directories.
     extra_options = [
         str(Path(word).resolve()) if Path(word).exists() else word for word in extra_options
     ]
-    reserved = {"--seed", "--out_dir", "--resume"} & {
-        word.partition("=")[0] for word in extra_options
-    }
-    if reserved:
-        raise InputError(f"{', '.join(reserved)} is set for each run; use --seeds")
     runs = gather(experiment, options, extra_options)
+    by_seed = runs.groupby(["row", "seed"], sort=False, as_index=False)
+    pooled = by_seed.mean(numeric_only=True, skipna=False)  # over folds
     from plots import draw_experiment  # matplotlib is slow to import
 
-    name = re.sub(r"[^\w.]+", "-", "-".join([options.name, *(options.rows or []), *extra_options]))
-    path = str(ROOT / "results" / name)
-    text = report(experiment, runs)
-    write_csv(Path(f"{path}.csv"), runs)
+    text = report(experiment, runs, pooled)
+    write_csv(Path(f"{path}.csv"), runs.drop(columns="texts"))
     write_text(Path(f"{path}.md"), text)
-    draw_experiment(Path(f"{path}.png"), experiment.panels, runs)
+    by_text = {
+        f"{row} minus {baseline}": frame.mean()
+        for row, baseline, frame in differences(experiment, runs, "test_loss")
+    }
+    if runs["failed"].isna().any():
+        draw_experiment(Path(f"{path}.png"), experiment.panels, pooled, by_text)
     print(text)
     sys.exit(int(runs["failed"].notna().any()))
 

@@ -24,14 +24,14 @@ from cli import (
 )
 from config import ROOT, InputError
 from datasets import PAIR_POOL, PairsDataset, bucketed_batches, make_pairs, read_pairs
-from evaluation import classification_metrics, classify
+from evaluation import classification_metrics, classified_pairs, classify
 from files import write_csv, write_text
-from lora import apply_lora, cast_frozen_weights
+from lora import apply_lora
 from models.gpt2 import GPT2Model
 from models.paraphrase_gpt import ANSWERS, ParaphraseGPT
 from pooling import POOLINGS
 from runs import finish_run, metrics_table, start_run
-from training import Task, Trainer, autocast, setup
+from training import Task, Trainer, autocast, prepare, setup
 
 DEFAULTS = {
     "epochs": 3,
@@ -148,11 +148,7 @@ def main(options):
     run = start_run("paraphrases", variant, data, paths, model, options, dtype)
 
     # Train
-    if options.use_lora:
-        cast_frozen_weights(model, dtype)
-    model.gpt.gradient_checkpointing = options.gradient_checkpointing
-    if options.compile:  # the backbone in place, so that the names of parameters stay
-        model.gpt.compile(dynamic=True)
+    prepare(model, options, dtype)
     lengths, step_size = datasets["train"].lengths, config.batch_size * config.grad_accumulation
     task = Task(
         batches=lambda epoch: bucketed_batches(lengths, step_size, config.seed, epoch, PAIR_POOL),
@@ -177,8 +173,13 @@ def main(options):
         write_examples(run.folder, options, model, datasets["dev"], logits["dev"])
     chosen = {name: getattr(options, name) for name in ("dataset", "pooling", "pair_encoding")}
     outputs = format_predictions(options, datasets, logits)
+    pairs = {
+        split: classified_pairs(logits[split], dataset)
+        for split, dataset in datasets.items()
+        if dataset.labels is not None
+    }
     code = example_code(run.best_name, model.gpt.name, options.pair_encoding)
-    finish_run(run, "paraphrases", options, progress, chosen | metrics, outputs, code)
+    finish_run(run, "paraphrases", options, progress, chosen | metrics, outputs, pairs, code)
 
 
 def load_dataset(options, split, model):

@@ -6,7 +6,7 @@ from itertools import cycle
 import pandas as pd
 from matplotlib.figure import Figure
 
-from evaluation import mean_interval
+from evaluation import bootstrap_interval, mean_interval
 from files import atomic_write
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe-Ito
@@ -79,62 +79,80 @@ def draw_token_weights(axes, weights):
     axes.set_ylabel("weight / mean")
 
 
-def draw_experiment(path, panels, runs):
+def draw_experiment(path, panels, runs, differences):
     """The panels of an experiment, one below the other, from the summaries of its runs.
 
-    A panel is "parameters" (dev loss against trainable parameters), or the names of metrics, which
-    are drawn side by side with their 95 % intervals over seeds.
+    A panel is "parameters" (losses against trainable parameters), "differences" (of single texts),
+    or the names of metrics, which are drawn side by side with their 95 % intervals over seeds.
     """
-    rows = list(runs.groupby("row", sort=False))
-    heights = [3.2 if panel == "parameters" else 0.9 + 0.27 * len(rows) for panel in panels]
-    figure = Figure((6, sum(heights)), layout="constrained")
+    panels = [panel for panel in panels if isinstance(panel, str) or set(panel) & set(runs)]
+    heights = [4 if isinstance(p, str) else 0.9 + 0.27 * runs["row"].nunique() for p in panels]
+    figure = Figure((7, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(panels), height_ratios=heights, squeeze=False).flat
     for panel, part in zip(panels, parts, strict=True):
         if panel == "parameters":
-            draw_parameters(part, rows)
+            draw_parameters(part, runs)
+        elif panel == "differences":
+            draw_differences(part, differences)
         else:
-            draw_means(part, rows, panel)
+            draw_means(part, runs, panel)
     save(figure, path)
 
 
-def draw_parameters(part, rows):
-    """Dev loss against trainable parameters; rows that share the text before a comma are joined."""
-    axes, groups = part.subplots(), {}
-    for row, runs in rows:
-        if interval := metric_interval(runs, "dev_loss"):
-            point = (runs["trainable_parameters"].mean(), *interval)
-            groups.setdefault(row.partition(",")[0], []).append(point)
-    for (group, points), color in zip(groups.items(), cycle(COLORS), strict=False):
-        parameters, mean, *errors = zip(*sorted(points), strict=True)
-        axes.errorbar(parameters, mean, errors, fmt="o-", color=color, capsize=3, label=group)
-    axes.set(xscale="log", xlabel="trainable parameters", ylabel=axis_label("dev_loss"))
-    part.legend(loc="outside lower center", ncols=3, frameon=False)
+def draw_parameters(part, runs):
+    """Losses against trainable parameters; rows that share the text before a comma are joined.
+
+    A row without a comma is a horizontal line.
+    """
+    parameters = runs.groupby("row")["trainable_parameters"].mean()
+    for axes, metric in zip(part.subplots(1, 2), ("dev_loss", "test_loss"), strict=True):
+        means = row_means(runs, metric).assign(x=parameters).sort_values("x")
+        groups = means.groupby(means.index.str.replace(",.*", "", regex=True))
+        for (name, rows), color in zip(groups, cycle(COLORS), strict=False):
+            settings = {"color": color, "label": name}
+            if name in rows.index:
+                axes.axhline(rows["mean"].item(), linestyle=":", **settings)
+            else:
+                axes.errorbar("x", "mean", "error", data=rows, fmt="o-", capsize=3, **settings)
+        axes.set(xscale="log", xlabel="trainable parameters", ylabel=axis_label(metric))
+    labels = axes.get_legend_handles_labels()
+    part.legend(*labels, loc="outside lower center", ncols=2, frameon=False)
 
 
-def draw_means(part, rows, metrics):
+def draw_differences(part, differences):
+    """Sorted differences of the loss of single texts, with the interval of their mean."""
+    axes = part.subplots()
+    for (name, values), color in zip(differences.items(), cycle(COLORS), strict=False):
+        low, high = bootstrap_interval(values)
+        label = f"{name}: {low:.3f} to {high:.3f}"
+        axes.plot(sorted(values), ".", color=color, label=label)
+        axes.axhspan(low, high, color=color, alpha=0.2)
+    axes.axhline(0, color="0.5", linestyle=":")
+    axes.set(xlabel="texts, sorted", ylabel=f"difference of {axis_label('test_loss')}")
+    part.legend(loc="outside lower center", frameon=False)
+
+
+def draw_means(part, runs, metrics):
     """A point and its 95 % interval over seeds for every row and metric."""
     panels = part.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
-        for y, (_, runs) in enumerate(rows):
-            if interval := metric_interval(runs, metric):
-                mean, below, above = interval
-                axes.errorbar(mean, y, xerr=[[below], [above]], fmt="o", color=BLUE, capsize=3)
-        axes.set(xlabel=axis_label(metric), ylim=(len(rows) - 0.5, -0.5))
+        means = row_means(runs, metric)
+        axes.errorbar(
+            means["mean"], means.index, xerr=means["error"], fmt="o", color=BLUE, capsize=3
+        )
+        axes.set(xlabel=axis_label(metric), ylim=(len(means) - 0.5, -0.5))
         if metric.startswith(("seconds", "peak")):
             axes.set_xlim(left=0)
         axes.locator_params(axis="x", nbins=4)
         axes.grid(axis="x", alpha=0.3)
-    panels[0].set_yticks(range(len(rows)), [row for row, _ in rows])
 
 
-def metric_interval(runs, metric):
-    """Mean of a metric and how far its interval reaches below and above, accuracies in percent."""
-    values = runs[metric].dropna() if metric in runs else ()
-    if not len(values):
-        return None
-    if metric.endswith("accuracy"):
-        values = 100 * values
-    if len(values) == 1:
-        return values.iloc[0], 0, 0
-    mean, low, high = mean_interval(values)
-    return mean, mean - low, high - mean
+def row_means(runs, metric):
+    """`mean` of a metric for each row and half the width of its interval over seeds as `error`."""
+    values = runs.reindex(columns=[metric])[metric] * (100 if metric.endswith("accuracy") else 1)
+    return values.groupby(runs["row"], sort=False).agg(mean="mean", error=half_width)
+
+
+def half_width(values):
+    values = values.dropna()
+    return mean_interval(values)[2] - values.mean() if len(values) > 1 else 0.0

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 import distributed
 from config import ROOT, InputError
-from files import atomic_write, read_json, restore_folder, write_json, write_text
+from files import atomic_write, read_json, restore_folder, write_csv, write_json, write_text
 from lora import base_sha256
 from models.hugging_face import portable_name
 
@@ -159,11 +159,14 @@ def start_run(task, variant, data, paths, model, options, dtype):
     return run
 
 
-def finish_run(run, task, options, progress, metrics, outputs, code, base_loss=None):
+def finish_run(run, task, options, progress, metrics, outputs, texts, code, base_loss=None):
     """Write predictions, plots, the model card and, last, summary.json: the run is complete.
 
-    `outputs` maps names in predictions/ to the path of a copy and the text. `code` is for the card.
+    `outputs` maps names in predictions/ to the path of a copy and the text; `texts` maps a split
+    to the results of its texts, a frame with their ids as its index. `code` is for the card.
     """
+    per_text = pd.concat(texts, names=["split", "id"]).reset_index()
+    write_csv(run.folder / "per_text.csv", per_text)
     for name, (path, text) in outputs.items():
         write_text(Path(path), text)
         write_text(run.folder / "predictions" / name, text)

@@ -30,7 +30,7 @@ from lora import apply_lora, cast_frozen_weights, merge_lora
 from models.gpt2 import GPT2Model
 from models.sonnet_gpt import SonnetGPT
 from runs import finish_run, start_run
-from training import Task, Trainer, autocast, setup
+from training import Task, Trainer, autocast, prepare, setup
 
 REPORT = {"model_size": "gpt2", "epochs": 10, "batch_size": 8, "patience": 3, "temperature": 1.2}
 FILES = {"train": "sonnet_path", "dev": "dev_sonnet_path", "test": "held_out_sonnet_path"}
@@ -73,12 +73,13 @@ def main(options):
         return
 
     def evaluate(model, splits):
-        results = {}
+        results, texts = {}, {}
         for split in splits:
             with autocast(device, dtype):
-                metrics = language_model_metrics(model, datasets[split], config.batch_size)
+                metrics, frame = language_model_metrics(model, datasets[split])
             results |= {f"{split}_{name}": value for name, value in metrics.items()}
-        return results
+            texts[split] = frame.set_index(sonnets[split]["id"])
+        return results, texts
 
     # Load
     paths = [getattr(options, name) for name in FILES.values()]
@@ -94,12 +95,8 @@ def main(options):
     run = start_run("sonnets", (), sizes, paths, model, options, dtype)
 
     # Train
-    base = evaluate(model, held_out)
-    if options.use_lora:
-        cast_frozen_weights(model, dtype)
-    model.gpt.gradient_checkpointing = options.gradient_checkpointing
-    if options.compile:  # the backbone in place, so that the names of parameters stay
-        model.gpt.compile(dynamic=True)
+    base, _ = evaluate(model, held_out)
+    prepare(model, options, dtype)
     lengths, step_size = datasets["train"].lengths, config.batch_size * config.grad_accumulation
     task = Task(
         batches=lambda epoch: bucketed_batches(lengths, step_size, config.seed, epoch),
@@ -107,19 +104,15 @@ def main(options):
         loss=lambda model, batch: model.loss(**batch),
         num_targets=datasets["train"].num_targets,
         num_tokens=datasets["train"].num_targets,
-        evaluate=lambda model: evaluate(model, ["dev"]),
+        evaluate=lambda model: evaluate(model, ["dev"])[0],
         save=save_adapter if options.use_lora else SonnetGPT.save_pretrained,
     )
     progress = Trainer(model, task, config, run, device, dtype).train()
     del model, task  # and the optimizer
 
-    # Evaluate the best epoch, or the base model if there was no epoch
-    is_folder = progress.epochs and not options.use_lora
-    gpt = GPT2Model.from_pretrained(run.best if is_folder else options.model_size)
-    if progress.epochs and options.use_lora:
-        load_adapter(gpt, run.best)
-    model = SonnetGPT(gpt).to(device)
-    tuned = evaluate(model, held_out)
+    # Evaluate
+    model = load_best(run, progress, options).to(device)
+    tuned, losses = evaluate(model, held_out)
     merge_lora(model)
     texts = generate(model, prompts(sonnets["test"]), sampling, device, dtype)
     sampling["max_lines"] = None
@@ -132,8 +125,8 @@ def main(options):
     text = format_sonnets(sonnets["test"], texts)
     outputs = {"generated_sonnets.txt": (options.sonnet_out, text)}
     print(f"\n{preview(sonnets['test'], texts)}")
-    code = example_code(run.best_name, gpt.name, options.use_lora)
-    finish_run(run, "sonnets", options, progress, metrics, outputs, code, base["dev_loss"])
+    code = example_code(run.best_name, model.gpt.name, options.use_lora)
+    finish_run(run, "sonnets", options, progress, metrics, outputs, losses, code, base["dev_loss"])
 
 
 def prompts(sonnets):
@@ -155,6 +148,15 @@ def make_datasets(sonnets, gpt):
                 )
             datasets[split] = SonnetsDataset(frame, gpt)
     return datasets
+
+
+def load_best(run, progress, options):
+    """The model of the best epoch, or the base model if there was no epoch."""
+    is_folder = progress.epochs and not options.use_lora
+    gpt = GPT2Model.from_pretrained(run.best if is_folder else options.model_size)
+    if progress.epochs and options.use_lora:
+        load_adapter(gpt, run.best)
+    return SonnetGPT(gpt)
 
 
 def generate(model, texts, sampling, device, dtype):

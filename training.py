@@ -18,6 +18,7 @@ import distributed
 from cli import from_options
 from config import InputError, Interrupted, LoRAConfig, TrainConfig
 from files import atomic_folder, write_csv
+from lora import cast_frozen_weights
 from models.gpt2 import to_device
 from runs import peak_memory_gb
 
@@ -311,6 +312,15 @@ def setup(options):
     dtype = choose_dtype(config.dtype, device)
     torch.manual_seed(config.seed)
     return config, lora_config, device, dtype
+
+
+def prepare(model, options, dtype):
+    """Cast frozen weights, and apply --gradient_checkpointing and --compile."""
+    if options.use_lora:
+        cast_frozen_weights(model, dtype)
+    model.gpt.gradient_checkpointing = options.gradient_checkpointing
+    if options.compile:  # the backbone in place, so that the names of parameters stay
+        model.gpt.compile(dynamic=True)
 
 
 def choose_device(name, use_gpu=False):

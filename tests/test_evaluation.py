@@ -34,24 +34,26 @@ def dataset(gpt):
     return SonnetsDataset(pd.DataFrame({"id": range(4), "text": TEXTS}), gpt)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 4])
-def test_language_model_metrics(gpt, dataset, batch_size):
-    """The loss is per token and bits are per character; batch size and padding have no effect."""
-    nats, tokens, characters = 0.0, 0, 0
+def test_language_model_metrics(gpt, dataset):
+    """The loss is per token, also that of each text, and bits are per character."""
+    nats, tokens, characters, losses = 0.0, 0, 0, []
     for text in TEXTS:
         ids = torch.tensor([[*gpt.encode([text])[0], gpt.end_of_text]])
         with torch.no_grad():
             log_probabilities = SonnetGPT(gpt)(ids[:, :-1]).log_softmax(-1)
-        nats -= log_probabilities.gather(2, ids[:, 1:, None]).sum().item()
+        losses.append(-log_probabilities.gather(2, ids[:, 1:, None]).mean().item())
+        nats += losses[-1] * (ids.shape[1] - 1)
         tokens += ids.shape[1] - 1
         characters += len(text) + 1 - len(gpt.decode(ids[0, :1]))
-    metrics = language_model_metrics(SonnetGPT(gpt), dataset, batch_size)
+    metrics, texts = language_model_metrics(SonnetGPT(gpt), dataset)
     expected = {
         "loss": nats / tokens,
         "perplexity": math.exp(nats / tokens),
         "bits_per_character": nats / math.log(2) / characters,
     }
     assert metrics == pytest.approx(expected, rel=1e-5)
+    assert texts["loss"].tolist() == pytest.approx(losses, rel=1e-5)
+    assert texts["num_targets"].sum() == tokens
 
 
 def test_evaluation_contains_every_sonnet_once(gpt, dataset, monkeypatch):
@@ -67,9 +69,9 @@ def test_evaluation_contains_every_sonnet_once(gpt, dataset, monkeypatch):
 def test_evaluation_has_no_dropout(gpt, dataset):
     """Otherwise chance would choose the best epoch."""
     model = SonnetGPT(gpt.train())
-    metrics = language_model_metrics(model, dataset, 2)
+    metrics, _ = language_model_metrics(model, dataset)
     model.eval()
-    assert language_model_metrics(model, dataset, 2) == metrics
+    assert language_model_metrics(model, dataset)[0] == metrics
 
 
 def test_chrf_ignores_the_prompt():

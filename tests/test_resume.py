@@ -66,7 +66,7 @@ def fit(folder, path, at=None, event=crash, resume=False, lora=False, seed=5, ch
         return train.collate(indices)
 
     def evaluate(model):
-        metrics = language_model_metrics(model, dev, 2)
+        metrics, _ = language_model_metrics(model, dev)
         return {"dev_loss": metrics["loss"], "dev_perplexity": metrics["perplexity"]}
 
     task = Task(
