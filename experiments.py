@@ -250,7 +250,7 @@ def values_by_text(per_text):
     The loss of a sonnet is multiplied by its share of the tokens, relative to the mean.
     """
     texts = {}
-    for split, frame in per_text.groupby("split"):
+    for split, frame in per_text.sort_values("id").groupby("split"):
         loss = frame["loss"]
         if "num_targets" in frame:
             loss *= frame["num_targets"] / frame["num_targets"].mean()

@@ -53,10 +53,14 @@ class LoRALinear(nn.Module):
         out.addmm_(hidden.to(out.dtype), b.to(out.dtype), alpha=self.scaling)
         return out.view(*x.shape[:-1], -1)
 
+    def update(self):
+        """(alpha / r) B A, (out, in)."""
+        return self.scaling * (self.lora_b.weight @ self.lora_a.weight)
+
     @torch.no_grad()
     def merged(self):
         """The base layer with the weight W + (alpha / r) B A."""
-        self.base.weight += self.scaling * (self.lora_b.weight @ self.lora_a.weight)
+        self.base.weight += self.update()
         return self.base
 
 

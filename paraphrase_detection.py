@@ -61,7 +61,6 @@ DATASETS = {  # the files of train, dev and test, and the script that makes them
     ),
 }
 PENALTIES = {"parameter_penalty": 0.01, "attention_penalty": 0.0, "vector_penalty": 0.0}
-SHOWN_ERRORS = 10
 SHOWN_TOKENS = 5
 
 
@@ -170,14 +169,16 @@ def main(options):
     del datasets["train"]
     logits, metrics = evaluate(model, datasets, device, dtype)
     with autocast(device, dtype):
-        write_examples(run.folder, options, model, datasets["dev"], logits["dev"])
+        weights = examples_of_weights(model, datasets["dev"], logits["dev"])
+    if len(weights):
+        from plots import draw_attention  # matplotlib is slow to import
+
+        write_csv(run.folder / "attention.csv", weights)
+        title = f"token weights of {options.pooling} pooling"
+        draw_attention(run.folder / "attention.png", weights, title)
     chosen = {name: getattr(options, name) for name in ("dataset", "pooling", "pair_encoding")}
     outputs = format_predictions(options, datasets, logits)
-    pairs = {
-        split: classified_pairs(logits[split], dataset)
-        for split, dataset in datasets.items()
-        if dataset.labels is not None
-    }
+    pairs = results_per_pair(options, datasets, logits)
     code = example_code(run.best_name, model.gpt.name, options.pair_encoding)
     finish_run(run, "paraphrases", options, progress, chosen | metrics, outputs, pairs, code)
 
@@ -273,34 +274,16 @@ def example_code(best, base, pair_encoding):
     )
 
 
-def write_examples(folder, options, model, dataset, logits):
-    """errors.md and, for a learned pooling, the token weights of some dev pairs."""
-    errors = describe_errors(logits, dataset, read_pairs(options.para_dev))
-    write_text(folder / "errors.md", errors)
-    weights = examples_of_weights(model, dataset, logits)
-    if len(weights):
-        from plots import draw_attention  # matplotlib is slow to import
-
-        write_csv(folder / "attention.csv", weights)
-        title = f"token weights of {options.pooling} pooling"
-        draw_attention(folder / "attention.png", weights, title)
-
-
-def describe_errors(logits, dataset, pairs):
-    """Markdown with the misclassified dev pairs of the highest confidence."""
-    confidence, predicted = logits.softmax(1).max(1)
-    pairs = pairs.set_index("id").loc[dataset.ids].reset_index()
-    order = confidence.argsort(descending=True).tolist()
-    wrong = [index for index in order if predicted[index] != dataset.labels[index]]
-    blocks = [f"# {len(wrong)} of {len(dataset)} dev pairs are misclassified\n"]
-    for index in wrong[:SHOWN_ERRORS]:
-        pair = pairs.loc[index]
-        answer, gold = ANSWERS[predicted[index]], ANSWERS[dataset.labels[index]]
-        blocks.append(
-            f"**predicted {answer} ({confidence[index]:.1%}), label {gold}** "
-            f"(id {pair.id}, line {pair.line})\n\n1. {pair.sentence1}\n2. {pair.sentence2}\n"
-        )
-    return "\n".join(blocks)
+def results_per_pair(options, datasets, logits):
+    """For each split with labels, the results of its pairs and their texts, largest loss first."""
+    results = {}
+    for split, dataset in datasets.items():
+        if dataset.labels is not None:
+            pairs = read_pairs(getattr(options, f"para_{split}")).set_index("id")
+            frame = classified_pairs(logits[split], dataset)
+            frame = frame.join(pairs[["line", "sentence1", "sentence2"]])
+            results[split] = frame.sort_values("loss", ascending=False)
+    return results
 
 
 @torch.no_grad()

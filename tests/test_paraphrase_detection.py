@@ -116,7 +116,7 @@ def test_a_run_leaves_its_files(command, tmp_path, capsys, options):
     run = command(*options.split())
     lora = "--use_lora" in options
     learned = "generalized" in options or "multihead" in options
-    expected = {"config.json", "metrics.csv", "steps.csv", "summary.json", "errors.md"}
+    expected = {"config.json", "metrics.csv", "steps.csv", "summary.json", "per_text.csv"}
     expected |= {"curves.png", "resume/state.pt", "best/head.safetensors"}
     expected |= {f"predictions/para-{split}-output.csv" for split in ("dev", "test")}
     assert names(run) >= expected
@@ -184,41 +184,23 @@ def test_own_pairs_are_answered(plotless, model, files, tmp_path, capsys, method
     assert names(tmp_path) == before
 
 
-def test_errors_are_the_misclassified_pairs(plotless, tmp_path):
-    """As many as the confusion matrix says, with the texts, ids and lines of the file."""
+def test_results_per_pair(plotless, tmp_path):
+    """per_text.csv has every pair with its texts and line; the largest loss is first."""
     run = plotless("--epochs=1")
     summary = json.loads(read(run / "summary.json"))
-    wrong = summary["dev_no_predicted_yes"] + summary["dev_yes_predicted_no"]
-    text = read(run / "errors.md")
-    assert text.startswith(f"# {wrong} of 6 dev pairs are misclassified")
-    predicted = dict(re.findall(r"(\S+), ([01]) ", read(tmp_path / "dev-out.csv")))
-    texts = [f"thy {'brow ' * (index % 3)}{index}" for index in range(6)]
-    pattern = r"predicted (no|yes) .*label (no|yes)\*\* \(id (\S+), line (\d)\)\n\n1\. (.*)\n"
-    blocks = re.findall(pattern, text)
-    mistakes = {index for index in range(6) if int(predicted[f"dev-{index}"]) != index % 2}
-    assert {int(line) - 2 for *_, line, _ in blocks} == mistakes
-    for answer, gold, name, line, sentence in blocks:
-        index = int(line) - 2
-        assert (name, sentence) == (f"dev-{index}", texts[index])
-        assert (answer, gold) == (("no", "yes") if index % 2 else ("yes", "no"))
-
-
-def test_errors_begin_with_the_highest_confidence(tmp_path, gpt):
-    """Ten at most, and no pair that is classified correctly."""
-    (tmp_path / "dev.csv").write_text(table("dev", 14))
-    pairs = read_pairs(tmp_path / "dev.csv")
-    dataset = PairsDataset(pairs, gpt, "separate")
-    margins = [9.0, 0.5, 1.5, 3.0, 0.1, 2.0, 0.3, 1.0, 0.7, 2.5, 0.2, 0.6, 0.4, 9.0]
-    correct = torch.tensor([1] + [-1] * 12 + [1])
-    yes = torch.tensor(margins) * correct * (2 * dataset.labels - 1)
-    text = paraphrase_detection.describe_errors(
-        torch.stack([torch.zeros(14), yes], dim=1), dataset, pairs
-    )
-    assert text.startswith("# 12 of 14 dev pairs are misclassified")
-    expected = [3, 9, 5, 2, 7, 8, 11, 1, 12, 6]
-    found = re.findall(r"\(id (\S+), line (\d+)\)", text)
-    assert found == [(f"dev-{index}", str(index + 2)) for index in expected]
-    assert "**predicted no (95.3%), label yes** (id dev-3" in text  # 1 / (1 + e^-3)
+    results = pd.read_csv(run / "per_text.csv")
+    for split, count in (("dev", 6), ("test", 5)):
+        frame = results[results["split"] == split]
+        assert frame["loss"].is_monotonic_decreasing
+        assert frame["loss"].mean() == pytest.approx(summary[f"{split}_loss"], rel=1e-5)
+        accuracy = (frame["predicted"] == frame["label"]).mean()
+        assert accuracy == pytest.approx(summary[f"{split}_accuracy"])
+        predicted = dict(re.findall(r"(\S+), ([01]) ", read(tmp_path / f"{split}-out.csv")))
+        assert dict(zip(frame["id"], frame["predicted"].astype(str), strict=True)) == predicted
+        for index in range(count):
+            [pair] = frame[frame["id"] == f"{split}-{index}"].itertuples()
+            assert (pair.line, pair.label) == (index + 2, index % 2)
+            assert pair.sentence1 == f"thy {'brow ' * (index % 3)}{index}"
 
 
 def test_a_skipped_test_pair_gets_a_prediction(plotless, tmp_path, capsys):
@@ -321,7 +303,7 @@ def outcome(run):
     metrics = pd.read_csv(run / "metrics.csv", dtype=str).drop(columns=TIMED)
     paths = [*(run / "best").iterdir(), *(run / "predictions").iterdir()]
     paths = [path for path in paths if path.name != "README.md"]  # it names the folder
-    paths += [run / "errors.md", run / "steps.csv"]
+    paths += [run / "per_text.csv", run / "steps.csv"]
     return metrics.to_dict("records"), {path.name: path.read_bytes() for path in paths}
 
 
