@@ -254,11 +254,15 @@ def file_sha256(path):
 
 
 def commit():
-    """The commit, with a + if tracked files were edited; None without git."""
+    """The commit, with a + if tracked code was edited; None without git."""
     if not shutil.which("git"):
         return None
-    command = ["git", "describe", "--always", "--match=", "--abbrev=40", "--dirty=+"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
+    outputs = []
+    for command in ("git rev-parse --verify HEAD", "git diff --name-only HEAD -- *.py"):
+        result = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True)
+        outputs.append(result.stdout.strip())
+    name, edited = outputs
+    return f"{name}+" if edited else name or None
 
 
 def code_sha256():
@@ -271,7 +275,7 @@ def code_sha256():
         for node in ast.walk(tree):
             if isinstance(node, DOCUMENTED) and ast.get_docstring(node):
                 del node.body[0]
-        digest.update(f"{path.relative_to(ROOT)}\n{ast.dump(tree)}\n".encode())
+        digest.update(f"{path.relative_to(ROOT)}\n{ast.unparse(tree)}\n".encode())
     return digest.hexdigest()
 
 

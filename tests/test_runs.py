@@ -193,9 +193,11 @@ def test_a_truncated_state_is_rejected(tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="needs git")
-def test_a_commit_is_marked_if_tracked_files_were_edited(root):
-    """A run of edited code is not a run of the commit; new files, such as results, do not count."""
+def test_a_commit_is_marked_if_tracked_code_was_edited(root):
+    """A run of edited code is not a run of the commit; results do not count."""
+    assert runs.commit() is None
     (root / "code.py").write_text("1")
+    (root / "table.md").write_text("1")
     for words in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm one"):
         subprocess.run(["git", *words.split()], cwd=root, check=True)
     clean = runs.commit()
