@@ -245,7 +245,7 @@ def environment(device, dtype, paths):
         "threads": torch.get_num_threads(),
         "processes": distributed.world_size(),
         "dtype": str(dtype).removeprefix("torch."),
-        "data_sha256": {path: file_sha256(path) for path in paths},
+        "data_sha256": {str(path): file_sha256(path) for path in paths},
     }
 
 

@@ -34,7 +34,7 @@ def verses(arguments):
         loss=lambda model, batch: model.loss(**batch),
         num_targets=train.num_targets,
         num_tokens=train.num_targets,
-        evaluate=lambda model: {"dev_loss": language_model_metrics(model, dev)["loss"]},
+        evaluate=lambda model: {"dev_loss": language_model_metrics(model, dev)[0]["loss"]},
         save=lambda model, folder: None,
     )
     Trainer(model, task, config, run, device, dtype).train()
