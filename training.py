@@ -94,11 +94,10 @@ class Trainer:
                     number = progress.epoch * self.steps_per_epoch + progress.step
                     self.step(indices, learning_rate(number, total, config))
                     due = (number + 1) % (config.checkpoint_every or math.inf) == 0
-                    is_log_step = due or self.is_log_step()
-                    received = self.log() if is_log_step else 0
+                    received = self.log() if due or self.is_log_step() else 0
                     progress.sums["seconds"] += time.perf_counter() - started
                     bar.update()
-                    if is_log_step:
+                    if not self.unread:
                         bar.set_postfix(loss=f"{progress.steps[-1][2]:.3f}", refresh=False)
                     if due or received:
                         self.save()

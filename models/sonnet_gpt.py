@@ -84,8 +84,7 @@ class SonnetGPT(nn.Module):
         ids = [torch.tensor(row) for row in self.encode(prompts)]
         tokens = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left")
         tokens = to_device(tokens, device)
-        mask = tokens >= 0
-        tokens = tokens.clamp(min=0)
+        mask, tokens = tokens >= 0, tokens.clamp(min=0)
         width = tokens.shape[1]
         steps = min(sampling.max_new_tokens, gpt.config.n_positions - width)
         cache = KVCache(gpt.config, len(prompts), width + steps)

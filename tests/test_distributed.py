@@ -51,8 +51,12 @@ training.Trainer.end_epoch = lambda self: (calls.append([]), end_epoch(self))
 training.LOG_INTERVALS["cpu"] = 2
 import sonnet_generation as script
 calls.append([])
-if os.environ["RANK"] == "1":
-    training.distributed.shutdown = lambda: print(json.dumps(calls), file=sys.stderr)
+shutdown = training.distributed.shutdown
+def report():
+    if os.environ["RANK"] == "0":
+        print(json.dumps(calls), file=sys.stderr)
+    shutdown()
+training.distributed.shutdown = report
 script.main(script.parse_options(sys.argv[1:]))
 """
 
