@@ -81,10 +81,8 @@ def with_rates(options, rates, name=""):
 
 # To ask a question of your own, add an entry. Fix the margins before looking at results.
 FULL, LORA = "full fine-tuning", "--use_lora"
-FULL_RATES, LORA_RATES = (
-    ("1e-4", "5e-5", "2e-4"),
-    ("1e-3", "5e-4", "2e-3"),
-)  # of the bundled model, defaults first
+# Learning rates of the bundled model, defaults first.
+FULL_RATES, LORA_RATES = ("1e-4", "5e-5", "2e-4"), ("1e-3", "5e-4", "2e-3")
 REPORT = "--preset report --model_size tiny"
 TARGETS = (
     "q_proj",

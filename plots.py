@@ -120,12 +120,13 @@ def draw_parameters(part, runs):
 
 
 def draw_differences(part, differences):
-    """Sorted differences of the loss of single texts, with the interval of their mean."""
+    """Sorted differences of the loss of single texts, with their mean and its interval."""
     axes = part.subplots()
     for (name, values), color in zip(differences.items(), cycle(COLORS), strict=False):
         low, high = bootstrap_interval(values)
-        label = f"{name}: {low:.3f} to {high:.3f}"
+        label = f"{name}: {values.mean():+.3f} ({low:+.3f} to {high:+.3f})"
         axes.plot(sorted(values), ".", color=color, label=label)
+        axes.axhline(values.mean(), color=color, linewidth=0.8)
         axes.axhspan(low, high, color=color, alpha=0.2)
     axes.axhline(0, color="0.5", linestyle=":")
     axes.set(xlabel="texts, sorted", ylabel=f"difference of {axis_label('test_loss')}")
