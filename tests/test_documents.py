@@ -2,10 +2,12 @@
 
 import re
 import shutil
+import tokenize
 from pathlib import Path
 
 import pytest
 
+from benchmarks import documents
 from benchmarks.documents import include_tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,19 +41,54 @@ def test_links_and_plots_exist(name):
         assert (ROOT / path).exists(), path
 
 
-def test_the_table_of_files_is_complete():
+def test_the_overview_is_that_of_the_results(tmp_path, monkeypatch):
+    """README.md's two tables are made from the committed runs."""
+    monkeypatch.setattr(documents, "OVERVIEW", tmp_path / "overview")
+    documents.write_overview()
+    committed = (ROOT / "results" / "overview.md").read_text(encoding="utf-8")
+    assert (tmp_path / "overview.md").read_text(encoding="utf-8") == committed
+
+
+def test_outputs_are_of_the_commands():
+    """README.md shows the output of each command, and a command ends its own output's first line."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, words in documents.COMMANDS.items():
+        assert f"<!-- results/outputs/{name}.md -->\n```\npython {words[0]} {words[1]}" in text
+
+
+def test_the_tree_of_files_is_complete():
     """README.md names every folder and every file of code at the top level, and only those."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (`[^|]*`) \|", text, flags=re.MULTILINE)
-    named = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
-    assert all((ROOT / name).exists() for name in named), named
-    code = [
-        path for pattern in ("*.py", "models/*.py", "modules/*.py") for path in ROOT.glob(pattern)
-    ]
-    for path in code:
-        relative = path.relative_to(ROOT)
-        folder = f"{relative.parent.as_posix()}/"
-        assert {relative.as_posix(), folder} & named or path.name == "__init__.py", relative
+    tree = re.search(r"## Files\n\n```\n(.*?)```", text, flags=re.DOTALL)[1]
+    named = set(re.findall(r"\w+\.(?:py|ipynb)|\w+/", tree))
+    files = {path.name for path in ROOT.glob("*.py")} | {"walkthrough.ipynb"}
+    folders = {
+        f"{name}/" for name in ("models", "modules", "data", "results", "benchmarks", "tests")
+    }
+    assert named == files | folders
+
+
+def lines_of_code(path):
+    """The number of lines that are not blank and hold more than a comment or a docstring."""
+    lines, previous = set(), tokenize.NEWLINE
+    layout = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    with open(path, encoding="utf-8") as file:
+        for token in tokenize.generate_tokens(file.readline):
+            if token.type in (tokenize.COMMENT, tokenize.NL):
+                continue
+            is_docstring = token.type == tokenize.STRING and previous in layout
+            if token.type not in layout and not is_docstring:
+                lines |= set(range(token.start[0], token.end[0] + 1))
+            previous = token.type
+    return len(lines)
+
+
+def test_the_size_is_counted():
+    """The number in README.md's first sentence, rounded to hundreds."""
+    lines = sum(map(lines_of_code, [*ROOT.glob("*.py"), *ROOT.glob("mod*/*.py")]))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    claimed = int(re.search(r"([\d,]+) lines of Python", text)[1].replace(",", ""))
+    assert claimed == round(lines, -2), lines
 
 
 @DOCUMENTS
