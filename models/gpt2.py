@@ -56,8 +56,8 @@ class GPT2Model(nn.Module):
             real = attention_mask.bool()
             # Causality hides right padding, but not padding before a real token.
             # A compiled graph cannot branch on values, so it always has the mask.
-            has_left_padding = torch.compiler.is_compiling() or (real[:, 1:] & ~real[:, :-1]).any()
-            needs_mask = needs_mask or has_left_padding
+            needs_mask = needs_mask or torch.compiler.is_compiling()
+            needs_mask = needs_mask or (real[:, 1:] & ~real[:, :-1]).any()
         mask = None
         if needs_mask:
             key = torch.arange(total, device=device)
