@@ -111,8 +111,7 @@ def add_common_options(parser, task, **train_defaults):
     add("--preset", choices=["report"], help="settings of the student report")
     cost = "recompute activations: less memory, a third to a half more time"
     add("--gradient_checkpointing", action="store_true", help=cost)
-    cost = "torch.compile the model, for CUDA: on a CPU, steps are not faster"
-    add("--compile", action="store_true", help=cost)
+    add("--compile", action="store_true", help="torch.compile the model; no faster on a CPU")
     add_options(parser, TrainConfig, "training")
     add_options(parser, LoRAConfig, "LoRA (with --use_lora)", prefix="lora_")
     add = parser.add_argument_group("run folder").add_argument

@@ -8,6 +8,7 @@ the tables to README.md and RESULTS.md.
 
 import argparse
 import dataclasses
+import functools
 import gc
 import json
 import statistics
@@ -78,6 +79,7 @@ def seconds(work, device):
     return start.elapsed_time(end) / 1000
 
 
+@functools.cache
 def matmul_tflops(device, dtype):
     """The rate of (1024, 768) by (768, 3072) matrix multiplications: the upper limit for a step."""
     left = torch.randn(1024, 768, device=device, dtype=dtype)

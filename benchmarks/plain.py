@@ -35,8 +35,8 @@ def plain_cross_entropy(hidden, weight, labels):
     return F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten())
 
 
-def plain_dropout(x, p, training=True):
-    return F.dropout(x, p, training)
+def plain_dropout(x, p):
+    return F.dropout(x, p)
 
 
 def plain_attention(query, key, value, p):

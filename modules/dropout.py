@@ -36,13 +36,13 @@ def mask_and_scale(x, keep, scale):
     return (x * keep.view(torch.uint8).to(x.dtype)).mul_(scale)
 
 
-def dropout(x, p, training=True):
+def dropout(x, p):
     """Zero each value with probability p and scale the others by 1 / (1 - p).
 
     On a CPU, p is rounded to a multiple of 1 / 65,536 and the scale uses the rounded p. In a
     compiled graph it is torch's own dropout, because NumPy's random numbers are not part of one.
     """
-    if not training or p == 0:
+    if p == 0:
         return x
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
@@ -57,4 +57,4 @@ class Dropout(nn.Module):
         self.p = p
 
     def forward(self, x):
-        return dropout(x, self.p, self.training)
+        return dropout(x, self.p) if self.training else x
