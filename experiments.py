@@ -210,7 +210,7 @@ def stored_run(run):
 
 
 def without_folders(words):
-    return re.sub(r"\S*/", "", " ".join(words))
+    return re.sub(r"[^\s=]*/", "", " ".join(words))
 
 
 def execute(run, arguments, code, jobs):
@@ -319,16 +319,17 @@ def finish(script, candidates, seeds, options):
 
 def differences(experiment, runs, metric):
     """Yield row, baseline and a frame of their differences by seed (index) and text (columns)."""
-    values = {}
-    for (row, seed), folds in runs.groupby(["row", "seed"]):
-        if folds["texts"].notna().all():
-            lists = [texts.get(metric, []) for texts in folds["texts"]]
-            values.setdefault(row, {})[seed] = np.concatenate(lists).astype(float)
-    frames = {row: pd.DataFrame.from_dict(values[row], orient="index") for row in values}
+    values = {
+        key: np.concatenate([texts.get(metric, []) for texts in folds["texts"]])
+        for key, folds in runs.groupby(["row", "seed"])
+        if folds["texts"].notna().all()
+    }
+    table = pd.DataFrame(values, dtype=float).T
+    finished = set(table.index.get_level_values(0))
     for baseline, rows in experiment.comparisons.items():
         for row in rows:
-            if row != baseline and {row, baseline} <= set(frames):
-                frame = (frames[row] - frames[baseline]).dropna()
+            if row != baseline and {row, baseline} <= finished:
+                frame = (table.loc[row] - table.loc[baseline]).dropna()
                 if frame.size:
                     yield row, baseline, frame
 
@@ -338,11 +339,9 @@ def compare(experiment, runs):
     records = []
     for metric, margin in experiment.margins.items():
         for row, baseline, frame in differences(experiment, runs, metric):
-            over_seeds, over_texts = (), ()
-            if len(frame) > 1:
-                over_seeds = mean_interval(frame.mean(axis=1))[1:]
-            if frame.shape[1] > 1:  # times and memory have no texts
-                over_texts = bootstrap_interval(frame.mean())
+            seeds, texts = frame.shape  # times and memory have one value instead of texts
+            over_seeds = mean_interval(frame.mean(axis=1))[1:] if seeds > 1 else ()
+            over_texts = bootstrap_interval(frame.mean()) if texts > 1 else ()
             record = {
                 "row": row,
                 "metric": metric,
@@ -355,7 +354,7 @@ def compare(experiment, runs):
             }
             if metric.endswith("accuracy"):
                 count = frame.abs().sum(axis=1).mean()
-                record["pairs classified differently"] = f"{count:.0f} of {frame.shape[1]}"
+                record["pairs classified differently"] = f"{count:.0f} of {texts}"
             records.append(record)
     return pd.DataFrame(records).fillna("")
 
@@ -456,12 +455,9 @@ def main():
     text = report(experiment, runs, pooled)
     write_csv(Path(f"{path}.csv"), runs.drop(columns="texts"))
     write_text(Path(f"{path}.md"), text)
-    by_text = {
-        f"{row} minus {baseline}": frame.mean()
-        for row, baseline, frame in differences(experiment, runs, "test_loss")
-    }
     if runs["failed"].isna().any():
-        draw_experiment(Path(f"{path}.png"), experiment.panels, pooled, by_text)
+        gains = differences(experiment, runs, "test_loss")
+        draw_experiment(Path(f"{path}.png"), experiment.panels, pooled, gains)
     print(text)
     sys.exit(int(runs["failed"].notna().any()))
 

@@ -122,9 +122,10 @@ def draw_parameters(part, runs):
 def draw_differences(part, differences):
     """Sorted differences of the loss of single texts, with their mean and its interval."""
     axes = part.subplots()
-    for (name, values), color in zip(differences.items(), cycle(COLORS), strict=False):
+    for (row, baseline, frame), color in zip(differences, cycle(COLORS), strict=False):
+        values = frame.mean()  # over seeds
         low, high = bootstrap_interval(values)
-        label = f"{name}: {values.mean():+.3f} ({low:+.3f} to {high:+.3f})"
+        label = f"{row} minus {baseline}: {values.mean():+.3f} ({low:+.3f} to {high:+.3f})"
         axes.plot(sorted(values), ".", color=color, label=label)
         axes.axhline(values.mean(), color=color, linewidth=0.8)
         axes.axhspan(low, high, color=color, alpha=0.2)
