@@ -70,7 +70,7 @@ class Copies(TorchDispatchMode):
         return result
 
 
-def make_trainer(folder, path, kind, pooling="generalized", **settings):
+def make_trainer(folder, path, kind, pooling="generalized", dtype=torch.float32, **settings):
     """A Trainer on the meta device with 25 steps per epoch and everything that training uses."""
     task, method = kind.split("-")
     gpt = GPT2Model.from_pretrained(folder)
@@ -99,7 +99,7 @@ def make_trainer(folder, path, kind, pooling="generalized", **settings):
     )
     run = Run("toy", "toy", {"out_dir": str(path), "resume": False}, {})
     config = TrainConfig(**{"lr": 0.1, "epochs": 1} | settings)
-    return Trainer(model.to(META), task, config, run, META, torch.float32)
+    return Trainer(model.to(META), task, config, run, META, dtype)
 
 
 KINDS = pytest.mark.parametrize(
@@ -122,6 +122,15 @@ def test_no_pooling_reads(folder, tmp_path, reads, pooling):
     trainer = make_trainer(folder, tmp_path, "paraphrases-full", pooling)
     trainer.model.train()
     trainer.step(EPOCH[0], 0.1)
+    assert (len(trainer.unread), reads) == (1, [])
+
+
+def test_float16_scaling_reads_nothing(folder, tmp_path, reads):
+    """Neither whether gradients overflowed nor the scale."""
+    trainer = make_trainer(folder, tmp_path, "sonnets-lora", dtype=torch.float16)
+    trainer.model.train()
+    trainer.step(EPOCH[0], 0.1)
+    assert trainer.scaler.is_enabled()
     assert (len(trainer.unread), reads) == (1, [])
 
 
