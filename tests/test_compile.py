@@ -6,6 +6,7 @@ The backends "eager" and "aot_eager" trace the model like the default one, but c
 import functools
 import os
 import signal
+from unittest import mock
 
 import pandas as pd
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
+import models.gpt2
 from config import InputError, Interrupted, LoRAConfig
 from lora import apply_lora
 from models.paraphrase_gpt import ParaphraseGPT
@@ -156,13 +158,17 @@ FILES = {
     ],
     ids=["sonnets", "paraphrases"],
 )
-def test_a_compiled_run_leaves_what_an_eager_one_does(command, task, options):
+def test_a_compiled_run_leaves_what_an_eager_one_does(command, monkeypatch, task, options):
     """Batches of seven lengths need two graphs, for training and for evaluation.
 
     The last batch has one example and needs its own.
     """
-    eager, weights, count = command(task, "eager", *options)
+    with monkeypatch.context() as patch:
+        checkpoint = mock.Mock(wraps=models.gpt2.checkpoint)
+        patch.setattr(models.gpt2, "checkpoint", checkpoint)
+        eager, weights, count = command(task, "eager", *options)
     assert count == 0
+    assert checkpoint.called == ("--gradient_checkpointing" in options)
     compiled, compiled_weights, count = command(task, "compiled", "--compile", *options)
     assert 2 <= count <= 4
     for name in ("train_loss", "dev_loss"):
