@@ -40,8 +40,9 @@ def language_model_metrics(model, dataset, batch_size):
     everything = range(len(dataset.sequences))
     batches = split(everything, batch_size)
     for indices in batches[distributed.rank() :: distributed.world_size()]:
-        batch = {name: tensor.to(device) for name, tensor in dataset.collate(indices).items()}
-        loss_sum += model.loss(**batch).double() * dataset.num_targets(indices)
+        batch = dataset.collate(indices)
+        loss = model.loss(batch["input_ids"].to(device), batch["labels"].to(device))
+        loss_sum += loss.double() * dataset.num_targets(indices)
     loss_sum = distributed.all_reduce(loss_sum).item()
     loss = loss_sum / dataset.num_targets(everything)
     bits = loss_sum / math.log(2) / sum(dataset.characters)
