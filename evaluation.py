@@ -41,8 +41,7 @@ def language_model_metrics(model, dataset):
     model.eval()
     for index in range(len(losses))[distributed.rank() :: distributed.world_size()]:
         batch = dataset.collate([index])  # a single text needs no padding
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        losses[index] = model.loss(**batch)
+        losses[index] = model.loss(batch["input_ids"].to(device), batch["labels"].to(device))
     losses = distributed.all_reduce(losses).cpu()  # each process filled its own texts
     num_targets = torch.tensor(dataset.lengths) - 1
     loss_sum = (losses * num_targets).sum().item()

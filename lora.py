@@ -171,6 +171,7 @@ def fingerprint(weights):
     numbers = []
     for weight in weights:
         ramp = torch.linspace(1, 2, weight.shape[-1]).to(weight)
-        total = (weight @ ramp).cumsum(0).sum()  # earlier rows count more often
+        with torch.autocast(weight.device.type, enabled=False):
+            total = (weight @ ramp).cumsum(0).sum()  # earlier rows count more often
         numbers += torch.hash_tensor(weight).double(), total.double()
     return torch.stack(numbers).tolist()  # one read, for which the host waits on a GPU

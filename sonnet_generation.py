@@ -101,7 +101,7 @@ def main(options):
     task = Task(
         batches=lambda epoch: bucketed_batches(lengths, step_size, config.seed, epoch),
         collate=datasets["train"].collate,
-        loss=lambda model, batch: model.loss(**batch),
+        loss=lambda model, batch: model.loss(batch["input_ids"], batch["labels"]),
         num_targets=datasets["train"].num_targets,
         num_tokens=datasets["train"].num_targets,
         evaluate=lambda model: evaluate(model, ["dev"])[0],
