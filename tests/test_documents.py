@@ -50,7 +50,7 @@ def test_the_overview_is_that_of_the_results(tmp_path, monkeypatch):
 
 
 def test_outputs_are_of_the_commands():
-    """README.md shows the output of each command, and a command ends its own output's first line."""
+    """README.md shows each command and, copied from its file, what it printed."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for name, words in documents.COMMANDS.items():
         assert f"<!-- results/outputs/{name}.md -->\n```\npython {words[0]} {words[1]}" in text

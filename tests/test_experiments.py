@@ -429,9 +429,16 @@ def test_the_means_of_a_run_s_texts_are_its_metrics(folder, tmp_path, script):
 
 def test_values_by_text_by_hand():
     """Means over texts are the metrics: a text of 30 tokens counts three times one of 10."""
-    sonnets = pd.DataFrame({"split": "test", "loss": [4.0, 2.0], "num_targets": [10, 30]})
-    assert values_by_text(sonnets) == {"test_loss": [2.0, 3.0]}  # mean (4 * 10 + 2 * 30) / 40
-    columns = {"loss": [0.12346, 1, 2, 3], "predicted": [0, 1, 1, 0], "label": [0, 1, 0, 0]}
+    columns = {"id": [9, 4], "loss": [2.0, 4.0], "num_targets": [30, 10]}
+    sonnets = pd.DataFrame({"split": "test", **columns})
+    # In the order of ids; the mean is (4 * 10 + 2 * 30) / 40.
+    assert values_by_text(sonnets) == {"test_loss": [2.0, 3.0]}
+    columns = {
+        "id": list("abcd"),
+        "loss": [0.12346, 1, 2, 3],
+        "predicted": [0, 1, 1, 0],
+        "label": [0, 1, 0, 0],
+    }
     pairs = pd.DataFrame({"split": ["test", "test", "dev", "dev"], **columns})
     expected = {"dev_accuracy": [0, 1], "test_accuracy": [1, 1], "test_loss": [0.1235, 1]}
     assert values_by_text(pairs) == expected
