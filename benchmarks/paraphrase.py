@@ -79,7 +79,7 @@ def ours(case, folder, pairs, dtype):
         cast_frozen_weights(apply_lora(model, LoRAConfig()), dtype)
     dataset = PairsDataset(pairs, model.gpt)
     batches = [dataset.collate(indices) for indices in buckets(dataset.lengths)]
-    return model, lambda batch: model.loss(**batch), batches
+    return model, lambda batch: model.loss(**batch, right_padded=True), batches
 
 
 def baseline(case, folder, pairs, dtype):
