@@ -41,9 +41,7 @@ def measure(options, case, device, dtype):
     ids = torch.randint(0, 8000, (batch, tokens + 1))
     batches = [{"input_ids": ids[:, :-1], "labels": ids[:, 1:]}] * options.steps
     trained = [p for p in model.parameters() if p.requires_grad]
-    return timed_steps(
-        lambda batch: model.loss(**batch, right_padded=True), trained, batches, device, dtype
-    )
+    return timed_steps(lambda batch: model.loss(**batch), trained, batches, device, dtype)
 
 
 def draw(results, dtype, path):
