@@ -99,13 +99,14 @@ def draw_experiment(path, panels, runs, differences):
     save(figure, path)
 
 
-def draw_parameters(part, runs):
+def draw_parameters(part, runs, metrics=("dev_loss", "test_loss")):
     """Losses against trainable parameters; rows that share the text before a comma are joined.
 
     A row without a comma is a horizontal line.
     """
     parameters = runs.groupby("row")["trainable_parameters"].mean()
-    for axes, metric in zip(part.subplots(1, 2), ("dev_loss", "test_loss"), strict=True):
+    panels = part.subplots(1, len(metrics), squeeze=False)[0]
+    for axes, metric in zip(panels, metrics, strict=True):
         means = row_means(runs, metric).assign(x=parameters).sort_values("x")
         groups = means.groupby(means.index.str.replace(",.*", "", regex=True))
         for (name, rows), color in zip(groups, cycle(COLORS), strict=False):

@@ -84,7 +84,7 @@ def write_overview():
     figure = Figure((9, 3.6), layout="constrained")
     left, right = figure.subfigures(1, 2)
     runs = pd.read_csv(ROOT / "results" / "lora_rank.csv")
-    draw_parameters(left, list(runs.groupby("row", sort=False)))
+    draw_parameters(left, runs, ["dev_loss"])
     weights = pd.read_csv(TOKEN_WEIGHTS, keep_default_na=False)
     example = weights[weights["pair"] == weights["pair"].iloc[-1]]
     draw_token_weights(right.subplots(), example)
