@@ -29,6 +29,7 @@ MARKED = re.compile(r"<!-- (\S+)( \d+)? -->\n.*?<!-- end -->", re.DOTALL)
 OVERVIEW = ROOT / "results" / "overview"
 OUTPUTS = ROOT / "results" / "outputs"
 TOKEN_WEIGHTS = OUTPUTS / "attention.csv"
+SHOWN = 3  # paragraphs of an output in README.md: the command, the training, a sonnet or a table
 COMMANDS = {  # README.md's, by the name of the file with their output
     "sonnets": ["sonnet_generation.py", "--use_lora"],
     "prompt": [
@@ -53,9 +54,8 @@ def run_commands():
             run = [sys.executable, *command]
             text = subprocess.run(run, cwd=folder, check=True, stdout=subprocess.PIPE).stdout
             words = [f'"{word}"' if " " in word else word for word in command]
-            lines = f"python {' '.join(words)}\n\n{text.decode().strip()}"
-            block = re.sub(r"\n{2,}", "\n\n", lines).replace(f"{folder}/", "")
-            write_text(OUTPUTS / f"{name}.md", f"```\n{block}\n```\n")
+            block = f"python {' '.join(words)}\n\n{text.decode().strip()}\n"
+            write_text(OUTPUTS / f"{name}.txt", block.replace(f"{folder}/", ""))
         [weights] = Path(folder, "runs").glob("paraphrases/*/attention.csv")
         shutil.copy(weights, TOKEN_WEIGHTS)
 
@@ -86,9 +86,19 @@ def write_overview():
     runs = pd.read_csv(ROOT / "results" / "lora_rank.csv")
     draw_parameters(left, runs, ["dev_loss"])
     weights = pd.read_csv(TOKEN_WEIGHTS, keep_default_na=False)
-    example = weights[weights["pair"] == weights["pair"].iloc[-1]]
+    shortest = weights["pair"].value_counts(sort=False).idxmin()
+    example = weights[weights["pair"] == shortest]
     draw_token_weights(right.subplots(), example)
     save(figure, OVERVIEW.with_suffix(".png"))
+
+
+def write_excerpts():
+    """The beginning of each output, as README.md shows it."""
+    for name in COMMANDS:
+        text = (OUTPUTS / f"{name}.txt").read_text(encoding="utf-8")
+        paragraphs = re.split("\n{2,}", text.strip())
+        shown = "\n\n".join(paragraphs[:SHOWN])
+        write_text(OUTPUTS / f"{name}.md", f"```\n{shown}\n```\n")
 
 
 def include_tables(document):
@@ -113,6 +123,7 @@ if __name__ == "__main__":
     parser.add_argument("--run", action="store_true", help="run README.md's commands again")
     if parser.parse_args().run:
         run_commands()
+    write_excerpts()
     write_overview()
     for document in ROOT.glob("*.md"):
         include_tables(document)
