@@ -65,6 +65,21 @@ def model_folder(model):
     return folder
 
 
+def add_peft_lora(model, task_type):
+    """A model of transformers with PEFT's LoRA on the layers that LoRAConfig adapts here."""
+    from peft import LoraConfig, get_peft_model  # only in processes that use it: its memory counts
+
+    config = LoraConfig(
+        r=4,
+        lora_alpha=16,
+        lora_dropout=0.05,
+        fan_in_fan_out=True,
+        target_modules=["c_attn", "c_fc"],
+        task_type=task_type,
+    )
+    return get_peft_model(model, config)
+
+
 def seconds(work, device):
     """The duration of work(); on CUDA it is measured by events on the GPU."""
     if device.type == "cpu":

@@ -10,7 +10,7 @@ token (LoRA: 4 N), where N does not include the embeddings.
 """
 
 import torch
-from harness import matmul_tflops, model_folder, parser, report, run, timed_steps
+from harness import add_peft_lora, matmul_tflops, model_folder, parser, report, run, timed_steps
 
 from config import ROOT, LoRAConfig
 from datasets import PAIR_POOL, PairsDataset, bucketed_batches, prompt, read_pairs
@@ -92,17 +92,7 @@ def baseline(case, folder, pairs, dtype):
         folder, num_labels=2, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32
     )
     if case == LORA_BASELINE:
-        from peft import LoraConfig, get_peft_model  # slow to import
-
-        config = LoraConfig(
-            r=4,
-            lora_alpha=16,
-            lora_dropout=0.05,
-            fan_in_fan_out=True,
-            target_modules=["c_attn", "c_fc"],
-            task_type="SEQ_CLS",
-        )
-        model = get_peft_model(model, config)
+        model = add_peft_lora(model, "SEQ_CLS")
     texts = list(map(prompt, pairs["sentence1"], pairs["sentence2"]))
     labels = torch.tensor(pairs["label"].to_numpy(int))
     chosen = [range(start, start + BATCH) for start in range(0, len(texts), BATCH)]

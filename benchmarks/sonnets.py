@@ -11,7 +11,7 @@ LoRA, at the rate of matrix multiplications in the same process.
 """
 
 import torch
-from harness import matmul_tflops, model_folder, parser, report, run, timed_steps
+from harness import add_peft_lora, matmul_tflops, model_folder, parser, report, run, timed_steps
 
 from config import ROOT, LoRAConfig
 from datasets import SonnetsDataset, bucketed_batches, read_sonnets
@@ -70,23 +70,14 @@ def ours(case, folder, sonnets, dtype):
 
 def baseline(case, folder, sonnets, dtype):
     """Model, loss and batches of transformers and PEFT."""
-    from peft import LoraConfig, get_peft_model  # only in this process, because of its memory
-    from transformers import AutoTokenizer, GPT2LMHeadModel
+    from transformers import AutoTokenizer, GPT2LMHeadModel  # slow to import
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = "<|endoftext|>"
     weights = dtype if case == BFLOAT16_BASELINE else torch.float32
     model = GPT2LMHeadModel.from_pretrained(folder, dtype=weights)
     if case != FULL_BASELINE:
-        config = LoraConfig(
-            r=4,
-            lora_alpha=16,
-            lora_dropout=0.05,
-            fan_in_fan_out=True,
-            target_modules=["c_attn", "c_fc"],
-            task_type="CAUSAL_LM",
-        )
-        model = get_peft_model(model, config)
+        model = add_peft_lora(model, "CAUSAL_LM")
     texts, batches = sonnets["text"].tolist(), []
     for start in range(0, len(texts), BATCH):
         batch = tokenizer(texts[start : start + BATCH], return_tensors="pt", padding=True)

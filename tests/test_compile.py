@@ -4,25 +4,23 @@ The backends "eager" and "aot_eager" trace the model like the default one, but c
 """
 
 import functools
-import os
-import signal
 from unittest import mock
 
 import pandas as pd
 import pytest
 import torch
+from helpers import interrupt_after_an_epoch
 from kill_everywhere import SCRIPTS, make_model
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
 import models.gpt2
-from config import InputError, Interrupted, LoRAConfig
+from config import InputError, LoRAConfig
 from lora import apply_lora
 from models.paraphrase_gpt import ParaphraseGPT
 from models.sonnet_gpt import SonnetGPT
 from modules.loss import IGNORE_INDEX
-from training import Trainer
 
 VARIANTS = pytest.mark.parametrize(
     ("task", "lora", "checkpointing"),
@@ -182,16 +180,9 @@ def test_a_compiled_run_is_resumed_compiled(command, monkeypatch):
     """With dropout, to the same bits; without --compile the run is another one."""
     options = ["--compile", "--use_lora"]
     whole, weights, _ = command("sonnets", "whole", *options, dropout=0.1)
-    end_epoch = Trainer.end_epoch
-
-    def end_and_stop(self):
-        end_epoch(self)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "end_epoch", end_and_stop)
-        with pytest.raises(Interrupted):
-            command("sonnets", "cut", *options, dropout=0.1)
+    interrupt_after_an_epoch(
+        monkeypatch, functools.partial(command, "sonnets", "cut", *options, dropout=0.1)
+    )
     with pytest.raises(InputError, match="already holds a run"):
         command("sonnets", "cut", "--use_lora", "--resume", dropout=0.1)
     resumed, resumed_weights, _ = command("sonnets", "cut", *options, "--resume", dropout=0.1)

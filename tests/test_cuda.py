@@ -1,20 +1,18 @@
 """A GPU computes what the CPU does. Skipped without CUDA; run by benchmarks/machine.py."""
 
 import functools
-import os
-import signal
 
 import pandas as pd
 import pytest
 import torch
+from helpers import interrupt_after_an_epoch
 from kill_everywhere import KINDS, SCRIPTS, make_data, make_model, options
 from torch.testing import assert_close
 
-from config import Interrupted, LoRAConfig
+from config import LoRAConfig
 from lora import apply_lora
 from models.gpt2 import GPT2Model
 from models.sonnet_gpt import SonnetGPT
-from training import Trainer
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -94,16 +92,7 @@ def test_a_resumed_run_has_the_dropout_of_an_uninterrupted_one(run, monkeypatch)
     """The random state of the GPU is restored; sums on a GPU may differ in their last bits."""
     start = functools.partial(run, "sonnets-lora", dropout=0.3)
     whole, _ = start("whole", f"--device={DEVICE}")
-    end_epoch = Trainer.end_epoch
-
-    def end_and_stop(self):
-        end_epoch(self)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "end_epoch", end_and_stop)
-        with pytest.raises(Interrupted):
-            start("cut", f"--device={DEVICE}")
+    interrupt_after_an_epoch(monkeypatch, functools.partial(start, "cut", f"--device={DEVICE}"))
     resumed, _ = start("cut", f"--device={DEVICE}", "--resume")
     for name in ("loss", "gradient_norm"):
         assert resumed[name].tolist() == pytest.approx(whole[name].tolist(), rel=1e-4)
