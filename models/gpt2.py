@@ -36,6 +36,7 @@ class GPT2Model(nn.Module):
         self.copied_files = []  # files of `folder` that are saved with the model
         self.known_sha256 = None, None  # of lora.weights_sha256
         self.gradient_checkpointing = False
+        self.packed_head = None  # see modules.packed
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.position_embedding = nn.Embedding(config.n_positions, config.n_embd)
         self.dropout = Dropout(config.embd_pdrop)
@@ -87,8 +88,8 @@ class GPT2Model(nn.Module):
 
     def hidden_state_to_token(self, hidden):
         """Logits over the vocabulary, (..., C) -> (..., V), with the tied embedding."""
-        if hidden.ndim == 2:  # decoding: on a CPU, the tall matrix first is twice as fast
-            return (self.token_embedding.weight @ hidden.T).T.contiguous()
+        if self.packed_head is not None:
+            return self.packed_head(hidden)
         return F.linear(hidden, self.token_embedding.weight)
 
     @functools.cached_property

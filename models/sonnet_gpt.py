@@ -13,6 +13,7 @@ from config import InputError, SamplingConfig
 from models.gpt2 import to_device
 from modules.attention import KVCache
 from modules.loss import cross_entropy
+from modules.packed import packed_linears
 
 DRAWS = 16  # per token; after a draw is rejected, about half of the probability remains
 
@@ -67,7 +68,7 @@ class SonnetGPT(nn.Module):
         if adapters is not None and len(adapters) != len(prompts):
             raise InputError(f"{len(adapters)} adapters for {len(prompts)} prompts")
         was_training = self.gpt.training
-        with mixed_adapters(self, adapters):
+        with mixed_adapters(self, adapters), packed_linears(self.gpt, len(prompts)):
             new_tokens = self.sample_tokens(prompts, sampling, max_lines, seed)
         self.gpt.train(was_training)
         texts = []
@@ -125,9 +126,10 @@ class SonnetGPT(nn.Module):
 
         bfloat16 logits around -110 are multiples of 0.5, so that the argmax is often a tie.
         """
-        if sampling.temperature > 0:
+        device_type = hidden.device.type
+        if sampling.temperature > 0 or not torch.is_autocast_enabled(device_type):
             return self.gpt.hidden_state_to_token(hidden).float()
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast(device_type, enabled=False):
             return F.linear(hidden.float(), self.gpt.token_embedding.weight.float())
 
     def is_complete(self, prompt, tokens, max_lines):
