@@ -189,7 +189,8 @@ def metrics_table(metrics):
     for name, value in metrics.items():
         if match := re.fullmatch("(.*(?:dev|test))_(.*)", name):
             shown = f"{value:.3f}" if isinstance(value, float) else str(value)
-            table.setdefault(match[1].replace("_", " "), {})[match[2]] = shown
+            column = match[1].replace("gold", "Shakespeare's").replace("random", "random_lines")
+            table.setdefault(column.replace("_", " "), {})[match[2]] = shown
     return pd.DataFrame(table).to_string(na_rep="")
 
 

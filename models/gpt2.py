@@ -36,7 +36,7 @@ class GPT2Model(nn.Module):
         self.copied_files = []  # files of `folder` that are saved with the model
         self.known_sha256 = None, None  # of lora.weights_sha256
         self.gradient_checkpointing = False
-        self.packed_head = None  # see modules.packed
+        self.packed_head = None  # see modules.onednn
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.position_embedding = nn.Embedding(config.n_positions, config.n_embd)
         self.dropout = Dropout(config.embd_pdrop)

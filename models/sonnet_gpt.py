@@ -13,7 +13,7 @@ from config import InputError, SamplingConfig
 from models.gpt2 import to_device
 from modules.attention import KVCache
 from modules.loss import cross_entropy
-from modules.packed import packed_linears
+from modules.onednn import packed_linears
 
 DRAWS = 16  # per token; after a draw is rejected, about half of the probability remains
 

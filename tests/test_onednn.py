@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from config import LoRAConfig
 from lora import apply_lora
-from modules.packed import PackedLinear, packed_linears
+from modules.onednn import PackedLinear, packed_linears
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 
