@@ -43,6 +43,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             for start in range(0, len(labels), chunk):
                 rows = slice(start, start + chunk)
                 inputs, targets = hidden[rows].to(dtype), labels[rows]
+                logits = exp_logits = grad_logits = None  # frees the chunk before the next one
                 if use_onednn:
                     logits = onednn.linear(inputs, head)
                 else:
