@@ -214,7 +214,7 @@ class Trainer:
         record = self.progress.epochs[-1]
         line = f"epoch {record['epoch']:>2}/{self.config.epochs}"
         for name, value in record.items():
-            if name.endswith(("loss", "accuracy", "perplexity", "f1")):
+            if name.endswith(("loss", "accuracy", "f1")):
                 line += f"  {name.replace('_', ' ')} {value:.3f}"
         line += f"  {record['seconds']:.1f} s  {record['tokens_per_second']:,.0f} tokens/s"
         if record["skipped_steps"]:

@@ -29,6 +29,7 @@ MARKED = re.compile(r"<!-- (\S+)( \d+)? -->\n.*?<!-- end -->", re.DOTALL)
 OVERVIEW = ROOT / "results" / "overview"
 OUTPUTS = ROOT / "results" / "outputs"
 TOKEN_WEIGHTS = OUTPUTS / "attention.csv"
+HELD_OUT = {"base model": None, "full fine-tuning": "ours, full", "LoRA": "ours, LoRA"}
 SHOWN = 3  # paragraphs of an output in README.md: the command, the training, a sonnet or a table
 COMMANDS = {  # README.md's, by the name of the file with their output
     "sonnets": ["sonnet_generation.py", "--use_lora"],
@@ -62,17 +63,19 @@ def run_commands():
 
 def write_overview():
     """The tables and the plot of README.md's first screen."""
-    sonnets = pd.read_csv(ROOT / "results" / "sonnets.csv").groupby("row")
+    runs = pd.read_csv(ROOT / "results" / "cross_validation.csv")
+    runs["parameters"] = runs["trainable_parameters"].where(runs["epochs"] > 0, 0)
     steps = pd.read_csv(ROOT / "benchmarks" / "results" / "sonnets.csv")
     steps = steps[steps["dtype"] == "float32"].set_index("case")
     table = {}
-    for method, row in (("full", "full fine-tuning"), ("LoRA", "LoRA")):
-        runs, step = sonnets.get_group(row), steps.loc[f"ours, {method}"]
+    for row, case in HELD_OUT.items():
+        # All folds of a seed together are the loss of all sonnets.
+        by_seed = runs[runs["row"] == row].groupby("seed")[["test_loss", "parameters"]].mean()
         table[row] = {
-            "trainable parameters": format_values(runs["trainable_parameters"]),
-            "test loss": format_values(runs["test_loss"]),
-            "seconds per step (124M)": f"{step['step_s']:.2f}",
-            "memory, GB (124M)": f"{step['peak_gb']:.2f}",
+            "trainable parameters": format_values(by_seed["parameters"]),
+            "loss of held-out sonnets": format_values(by_seed["test_loss"]),
+            "seconds per step (124M)": f"{steps['step_s'][case]:.2f}" if case else "",
+            "memory, GB (124M)": f"{steps['peak_gb'][case]:.2f}" if case else "",
         }
     methods = pd.DataFrame(table.values(), index=pd.Index(table, name="method"))
     runs = pd.read_csv(ROOT / "results" / "poolings.csv")
