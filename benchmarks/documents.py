@@ -72,7 +72,7 @@ def write_overview():
         # All folds of a seed together are the loss of all sonnets.
         by_seed = runs[runs["row"] == row].groupby("seed")[["test_loss", "parameters"]].mean()
         table[row] = {
-            "trainable parameters": format_values(by_seed["parameters"]),
+            "trainable parameters": f"{by_seed['parameters'].mean():,.0f}",
             "loss of held-out sonnets": format_values(by_seed["test_loss"]),
             "seconds per step (124M)": f"{steps['step_s'][case]:.2f}" if case else "",
             "memory, GB (124M)": f"{steps['peak_gb'][case]:.2f}" if case else "",
