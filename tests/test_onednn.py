@@ -7,9 +7,9 @@ from torch.testing import assert_close
 
 from config import LoRAConfig
 from lora import apply_lora
-from modules.onednn import PackedLinear, packed_linears
+from modules.onednn import PackedLinear, is_available, packed_linears
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+pytestmark = pytest.mark.skipif(not is_available("cpu", torch.float32), reason="needs oneDNN")
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def test_the_layers_return_after_an_error(gpt):
     assert not any(isinstance(part, PackedLinear) for part in gpt.modules())
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 unit")
+@pytest.mark.skipif(not is_available("cpu", torch.bfloat16), reason="no bfloat16 unit")
 def test_weights_are_packed_in_the_precision_of_autocast(gpt):
     """Otherwise every token would cast them again."""
     with torch.autocast("cpu", torch.bfloat16):
