@@ -2,6 +2,7 @@
 
 import csv
 import re
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -80,8 +81,11 @@ def read_sonnets(path):
         sonnets = read_table(path, ",", ("id", "text"), advice)
     else:
         number = r"^[ \t]*([0-9]+)[ \t]*$"
-        parts = re.split(number, read_text(path, advice), flags=re.MULTILINE)
-        sonnets = pd.DataFrame({"id": parts[1::2], "text": parts[2::2]})  # parts[0] is a header
+        header, *parts = re.split(number, read_text(path, advice), flags=re.MULTILINE)
+        sonnets = pd.DataFrame({"id": parts[::2], "text": parts[1::2]})
+        if parts and header.strip():
+            shown = textwrap.shorten(header, 80)
+            print(f"note: {path}: the text before the first number is not read: {shown}")
     if sonnets.empty:
         raise InputError(f"{path} contains no sonnet: expected a number on a line, then its lines")
     texts = []

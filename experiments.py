@@ -107,8 +107,6 @@ FOLD_ROWS = {
     | {"rank 4, lr 1e-3": f"{LORA} --lora_targets all --lr 1e-3"},
     "base model": f"--epochs 0 --seed {FIRST_SEED}",  # its loss is the same for all seeds
 }
-FULL_ROWS = with_rates("", FULL_RATES, "full, ")
-LORA_ROWS = with_rates(LORA, LORA_RATES, "LoRA, ")
 SOME = ("last", "mean", "generalized")
 ENCODINGS = {"joint": SOME, "separate": POOLINGS, f"separate {LORA}": SOME}
 EXPERIMENTS = {
@@ -142,13 +140,6 @@ EXPERIMENTS = {
         {"test_loss": 0.02},
         ("differences", ("test_loss",)),
         cross_validation=True,
-    ),
-    "learning_rate": Experiment(
-        "sonnet_generation",
-        FULL_ROWS | LORA_ROWS,
-        {"full, lr 1e-4": FULL_ROWS, "LoRA, lr 1e-3": LORA_ROWS},
-        LOSS_MARGINS,
-        (LOSS_PANEL,),
     ),
     "poolings": Experiment(
         "paraphrase_detection",

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from adapters import mixed_adapters, select_rows
-from config import InputError, SamplingConfig
+from config import InputError, SamplingConfig, check_number
 from models.gpt2 import to_device
 from modules.attention import KVCache
 from modules.loss import cross_entropy
@@ -63,6 +63,10 @@ class SonnetGPT(nn.Module):
         prompts or adapters that cannot be used.
         """
         sampling = SamplingConfig(**sampling)
+        if isinstance(prompts, str):
+            raise InputError(f"prompts must be a list of texts, not the text {prompts!r}")
+        if max_lines is not None:
+            check_number("max_lines", max_lines, 1, kind=int)
         if not prompts:
             return []
         if adapters is not None and len(adapters) != len(prompts):

@@ -90,6 +90,15 @@ def test_numbered_text_is_read(read, encode):
     ]
 
 
+def test_text_before_the_first_number_is_named(read, capsys):
+    """A title, or a sonnet whose number is missing, which must not be lost silently."""
+    read("sonnets.txt", "When forty winters\nshall besiege\n\n2\n\nabc\n")
+    expected = "not read: When forty winters shall besiege\n"
+    assert capsys.readouterr().out.endswith(expected)
+    read("sonnets.txt", "\n1\n\nabc\n")
+    assert capsys.readouterr().out == ""
+
+
 def test_csv_with_quotes_commas_and_line_breaks(read):
     """Line breaks inside a quoted field belong to the text; other columns are ignored."""
     content = b'\xef\xbb\xbfnote,id,text\r\n,5,"He said ""so"",\r\n  and went"\r\n\r\nx, 6 ,a "b"\n'

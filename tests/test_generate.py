@@ -232,8 +232,15 @@ def test_an_empty_prompt_is_an_error(gpt):
         SonnetGPT(gpt).generate(["From", ""])
 
 
+def test_a_single_text_is_an_error(gpt):
+    """Each of its characters would be continued."""
+    with pytest.raises(InputError, match="list of texts"):
+        SonnetGPT(gpt).generate("From")
+
+
 @pytest.mark.parametrize(
-    "setting", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_new_tokens": 0}]
+    "setting",
+    [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_new_tokens": 0}, {"max_lines": 0}],
 )
 def test_settings_are_checked_before_anything_is_written(gpt, setting):
     """The error reaches the caller of generate and names the option."""
