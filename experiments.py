@@ -2,7 +2,7 @@
 
     python experiments.py sonnets                      # full fine-tuning, LoRA, the base model
     python experiments.py poolings --seeds 3 --jobs 2  # two runs at a time, so times are not shown
-    python experiments.py poolings --rows last mean    # only rows that contain one of these words
+    python experiments.py poolings --rows last mean    # only rows with one of these words
     python experiments.py poolings --dataset quora     # other options go to the task script
 
 A finished run is stored in results/runs under a hash of script, options, data and base model. It is
@@ -415,17 +415,30 @@ def report(experiment, runs, pooled):
     return "\n\n".join(sections) + "\n"
 
 
+def is_chosen(row, words, rows):
+    """Whether a row has one of the words in its name; a whole name stands for that row alone."""
+    return any(word == row or (word in row and word not in rows) for word in words)
+
+
+def absolute(word):
+    """A word of a command, in which an existing path is made absolute: runs have other folders."""
+    name, equals, value = word.rpartition("=")
+    return f"{name}{equals}{Path(value).resolve()}" if value and Path(value).exists() else word
+
+
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("name", choices=EXPERIMENTS)
     for name, default, text in (("seeds", 5, "runs per row"), ("jobs", 1, "runs at a time")):
         add(f"--{name}", type=int, default=default, choices=range(1, 65), metavar="N", help=text)
-    add("--rows", nargs="+", metavar="WORD", help="only rows that contain one of these words")
+    add(
+        "--rows", nargs="+", metavar="WORD", help="only rows with one of these words in their names"
+    )
     add("--accept_other_code", action="store_true", help="use runs made before the code changed")
     options, extra_options = parser.parse_known_args()
     rows = EXPERIMENTS[options.name].rows
-    chosen = {row: rows[row] for row in rows if any(word in row for word in options.rows or [""])}
+    chosen = {row: rows[row] for row in rows if is_chosen(row, options.rows or [""], rows)}
     if not chosen:
         raise InputError(f"--rows {' '.join(options.rows)} matches none of {'; '.join(rows)}")
     experiment = replace(EXPERIMENTS[options.name], rows=chosen)
@@ -434,11 +447,7 @@ def main():
             raise InputError(f"{word} is set for each run; use --seeds")
     words = without_folders([options.name, *(options.rows or []), *extra_options])
     path = str(ROOT / "results" / re.sub(r"[^\w.]+", "-", words))
-    # Runs have other working directories.
-    extra_options = [
-        str(Path(word).resolve()) if Path(word).exists() else word for word in extra_options
-    ]
-    runs = gather(experiment, options, extra_options)
+    runs = gather(experiment, options, list(map(absolute, extra_options)))
     by_seed = runs.groupby(["row", "seed"], sort=False, as_index=False)
     pooled = by_seed.mean(numeric_only=True, skipna=False)  # over folds
     from plots import draw_experiment  # matplotlib is slow to import

@@ -18,11 +18,13 @@ from datasets import read_sonnets
 from experiments import (
     EXPERIMENTS,
     Experiment,
+    absolute,
     compare,
     decide,
     differences,
     format_values,
     gather,
+    is_chosen,
     run_name,
     values_by_text,
     write_folds,
@@ -259,6 +261,31 @@ def test_chosen_rows_have_files_of_their_own(task, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["experiments.py", "fake", "--rows", "three"])
     with pytest.raises(InputError, match="three matches none of one; two"):
         experiments.main()
+
+
+@pytest.mark.parametrize(
+    ("words", "rows"),
+    [
+        (["LoRA"], ["LoRA"]),  # the whole name of a row
+        (["LoR"], ["LoRA", "LoRA, rank 4"]),
+        (["rank", "full"], ["full", "LoRA, rank 4"]),
+        (["full", "LoRA"], ["full", "LoRA"]),
+        (["base"], []),
+    ],
+)
+def test_rows_are_chosen_by_words_or_whole_names(words, rows):
+    """Otherwise nothing could select a row whose name is a part of another's."""
+    names = ["full", "LoRA", "LoRA, rank 4"]
+    assert [row for row in names if is_chosen(row, words, names)] == rows
+
+
+def test_paths_of_given_options_are_absolute(tmp_path, monkeypatch):
+    """Each run has a working directory of its own; other words stay as they are."""
+    (tmp_path / "a.csv").touch()
+    monkeypatch.chdir(tmp_path)
+    words = ["--data", "a.csv", "--data=a.csv", "--lr=1", "", "b.csv"]
+    path = str(tmp_path / "a.csv")
+    assert list(map(absolute, words)) == ["--data", path, f"--data={path}", "--lr=1", "", "b.csv"]
 
 
 @pytest.mark.parametrize("option", ["--seed=3", "--out_dir=x", "--resume"])
