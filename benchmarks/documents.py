@@ -30,7 +30,8 @@ OVERVIEW = ROOT / "results" / "overview"
 OUTPUTS = ROOT / "results" / "outputs"
 TOKEN_WEIGHTS = OUTPUTS / "attention.csv"
 HELD_OUT = {"base model": None, "full fine-tuning": "ours, full", "LoRA": "ours, LoRA"}
-SHOWN = 3  # paragraphs of an output in README.md: the command, the training, a sonnet or a table
+# Paragraphs of an output in README.md: the command, the training, a sonnet (but not the metrics).
+SHOWN = {"sonnets": 3, "prompt": 2, "pairs": 2, "pair": 2}
 COMMANDS = {  # README.md's, by the name of the file with their output
     "sonnets": ["sonnet_generation.py", "--use_lora"],
     "prompt": [
@@ -100,7 +101,7 @@ def write_excerpts():
     for name in COMMANDS:
         text = (OUTPUTS / f"{name}.txt").read_text(encoding="utf-8")
         paragraphs = re.split("\n{2,}", text.strip())
-        shown = "\n\n".join(paragraphs[:SHOWN])
+        shown = "\n\n".join(paragraphs[: SHOWN[name]])
         write_text(OUTPUTS / f"{name}.md", f"```\n{shown}\n```\n")
 
 
