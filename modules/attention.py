@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from modules.dropout import dropout
+from modules.onednn import Linear
 
 
 class KVCache:
@@ -42,10 +43,10 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.attn_pdrop
-        self.q_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.k_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.v_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.out_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.q_proj = Linear(config.n_embd, config.n_embd)
+        self.k_proj = Linear(config.n_embd, config.n_embd)
+        self.v_proj = Linear(config.n_embd, config.n_embd)
+        self.out_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, mask=None, cache=None, layer=0):
         """(B, T, C) -> (B, T, C).

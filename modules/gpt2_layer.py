@@ -5,6 +5,7 @@ from torch import nn
 
 from modules.attention import CausalSelfAttention
 from modules.dropout import Dropout
+from modules.onednn import Linear
 
 
 class GPT2Layer(nn.Module):
@@ -15,8 +16,8 @@ class GPT2Layer(nn.Module):
         self.attention_norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attention = CausalSelfAttention(config)
         self.feed_forward_norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.interm_dense = nn.Linear(config.n_embd, config.feed_forward_width)
-        self.out_dense = nn.Linear(config.feed_forward_width, config.n_embd)
+        self.interm_dense = Linear(config.n_embd, config.feed_forward_width)
+        self.out_dense = Linear(config.feed_forward_width, config.n_embd)
         self.dropout = Dropout(config.resid_pdrop)
 
     def forward(self, x, mask=None, cache=None, layer=0):

@@ -1,4 +1,4 @@
-"""Matrix multiplications by oneDNN on a CPU, and layers with packed weights for decoding.
+"""Matrix multiplications by oneDNN on a CPU: frozen layers, and packed weights for decoding.
 
 torch multiplies float32 matrices with MKL, which is slow on AMD processors if the second matrix is
 transposed (half to two thirds of oneDNN's rate) and everywhere if the first has few rows. oneDNN
@@ -23,6 +23,34 @@ def is_available(device_type, dtype):
 def linear(x, weight, bias=None):
     """F.linear without gradients; the weight may be packed."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class Linear(nn.Linear):
+    """nn.Linear, in which oneDNN multiplies frozen float32 weights: a twentieth of a LoRA step."""
+
+    def forward(self, x):
+        """(..., in) -> (..., out)."""
+        device_type = x.device.type
+        is_trained = self.weight.requires_grad or self.bias.requires_grad
+        is_cast = torch.is_autocast_enabled(device_type) or x.dtype != torch.float32
+        other_kernel = is_trained or is_cast or torch.compiler.is_compiling()
+        if other_kernel or not is_available(device_type, self.weight.dtype):
+            return super().forward(x)
+        return FrozenLinear.apply(x, self.weight, self.bias)
+
+
+class FrozenLinear(torch.autograd.Function):
+    """F.linear with a gradient for x alone."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        [weight] = ctx.saved_tensors
+        return grad @ weight, None, None
 
 
 class PackedLinear(nn.Module):

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from config import LoRAConfig
 from lora import apply_lora
-from modules.onednn import PackedLinear, is_available, packed_linears
+from modules.onednn import Linear, PackedLinear, is_available, packed_linears
 
 pytestmark = pytest.mark.skipif(not is_available("cpu", torch.float32), reason="needs oneDNN")
 
@@ -31,6 +31,28 @@ def test_packed_layers_compute_the_same(gpt, lora):
         assert_close(logits(gpt), expected)
         packed = sum(isinstance(part, PackedLinear) for part in gpt.modules())
         assert packed == 6 * gpt.config.n_layer + 1
+
+
+@pytest.mark.parametrize("trained", [[], ["weight"], ["bias"], ["weight", "bias"]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_layer_computes_what_nn_linear_computes(trained, dtype):
+    """Output and gradients are equal, whichever parameters are trained."""
+    layer, theirs = Linear(6, 4), nn.Linear(6, 4)
+    theirs.load_state_dict(layer.state_dict())
+    results = []
+    for part in (layer, theirs):
+        for name, parameter in part.named_parameters():
+            parameter.requires_grad_(name in trained)
+        x = torch.linspace(-1, 1, 30).view(1, 5, 6).requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            y = part(x)
+        y.float().square().sum().backward()
+        results.append([y, x.grad, part.weight.grad, part.bias.grad])
+    for ours, expected in zip(*results, strict=True):
+        assert (ours is None) == (expected is None)
+        if ours is not None:
+            assert ours.dtype == expected.dtype
+            assert_close(ours, expected)
 
 
 def test_the_layers_return_after_an_error(gpt):
