@@ -52,11 +52,11 @@ NOTES = (
     "Losses are in nats per token, or per pair. The interval over seeds (Student's t of the "
     "differences between runs of the same seed) is about other initializations and orders of the "
     "training data, with the same texts. The interval over texts (bootstrap of the differences of "
-    "single texts, averaged over seeds) is about other texts, with the same models. Both are of "
-    "the difference shown, in which a sonnet counts by its number of tokens. A verdict needs both. "
-    "The intervals are not corrected for the number of rows, and dev metrics also chose epochs and "
-    "candidates. Times are of training alone, memory is the peak of the process, both of runs with "
-    "--jobs 1."
+    "single texts, averaged over seeds) is about other test texts, with the same models. Both are "
+    "of the difference shown, in which a sonnet counts by its share of the tokens. A verdict uses "
+    "all intervals shown. They are not corrected for the number of rows, and dev metrics also "
+    "chose epochs and candidates. Times, where shown, are of training alone, and memory is the "
+    "peak of the process, both of runs with --jobs 1."
 )
 
 
@@ -406,7 +406,8 @@ def report(experiment, runs, pooled):
     for (row, reason), failed in runs.groupby(["row", "failed"]):
         seeds = ", ".join(map(str, failed["seed"].unique()))
         sections.append(f"Failed: {row}, seeds {seeds}: {reason}")
-    sources = runs.loc[runs["failed"].isna(), ["commit", "dtype"]].value_counts(dropna=False)
+    finished = runs[runs["failed"].isna()].drop_duplicates("run")
+    sources = finished[["commit", "dtype"]].value_counts(dropna=False)
     shown = ", ".join(f"{count} of {' '.join(map(str, key))}" for key, count in sources.items())
     sections.append(
         f"Mean \u00b1 standard deviation over {runs['seed'].nunique()} seeds. {NOTES} "

@@ -75,8 +75,8 @@ def write_overview():
         table[row] = {
             "trainable parameters": f"{by_seed['parameters'].mean():,.0f}",
             "loss of held-out sonnets": format_values(by_seed["test_loss"]),
-            "seconds per step (124M)": f"{steps['step_s'][case]:.2f}" if case else "",
-            "memory, GB (124M)": f"{steps['peak_gb'][case]:.2f}" if case else "",
+            "seconds per step (124M)": f"{steps['step_s'][case]:.1f}" if case else "",
+            "memory, GB (124M)": f"{steps['peak_gb'][case]:.1f}" if case else "",
         }
     methods = pd.DataFrame(table.values(), index=pd.Index(table, name="method"))
     runs = pd.read_csv(ROOT / "results" / "poolings.csv")

@@ -252,6 +252,13 @@ def test_a_table_and_its_plot(task, tmp_path, monkeypatch):
     assert "4 of c0ffee" in table
 
 
+def test_a_run_that_two_rows_share_counts_once(task, tmp_path, monkeypatch):
+    """The table says how many runs it rests on."""
+    assert call_main(monkeypatch, "--seeds", "2", "--lr", "1") == 0
+    [path] = (tmp_path / "results").glob("*.md")
+    assert " 2 of c0ffee" in path.read_text(encoding="utf-8")
+
+
 def test_chosen_rows_have_files_of_their_own(task, tmp_path, monkeypatch):
     """Part of a table does not replace the whole one; words that match nothing are an error."""
     assert call_main(monkeypatch, "--rows", "tw", "x", "--seeds", "1", "--lr", "2") == 0
