@@ -87,7 +87,7 @@ def write_overview():
 
     figure = Figure((9, 3.6), layout="constrained")
     left, right = figure.subfigures(1, 2)
-    runs = pd.read_csv(ROOT / "results" / "lora_rank.csv")
+    runs = pd.read_csv(ROOT / "results" / "lora_best.csv")
     draw_parameters(left, runs, ["dev_loss"])
     weights = pd.read_csv(TOKEN_WEIGHTS, keep_default_na=False)
     shortest = weights["pair"].value_counts(sort=False).idxmin()
