@@ -7,7 +7,8 @@
 
 A finished run is stored in results/runs under a hash of script, options, data and base model. It is
 used on every machine, and repeated if the code that computes has changed: comments and plots do
-not count. An interrupted table continues. Failed runs are shown and repeated the next time.
+not count. An interrupted table continues, and --no_new_runs shows what it has. Failed runs are
+shown and repeated the next time.
 """
 
 import hashlib
@@ -286,12 +287,15 @@ def finish(script, candidates, seeds, options):
             run = run_name(script, words)
             arguments[run] = words
             records.append({"row": row, "seed": seed, "fold": fold, "chosen": name, "run": run})
+    if options.no_new_runs:
+        arguments, records = stored_runs_only(arguments, records)
     missing = [run for run in arguments if stored_run(run).get("code_sha256") != code]
     other_code = list(filter(stored_run, missing))
+    use_other_code = options.accept_other_code or options.no_new_runs
     if other_code:
-        action = "used" if options.accept_other_code else "repeated (or use --accept_other_code)"
+        action = "used" if use_other_code else "repeated (or use --accept_other_code)"
         print(f"{len(other_code)} runs were made with other code; they are {action}")
-    if options.accept_other_code:
+    if use_other_code:
         missing = [run for run in missing if run not in other_code]
     with ThreadPoolExecutor(options.jobs) as pool:
         results = pool.map(lambda run: execute(run, arguments[run], code, options.jobs), missing)
@@ -306,6 +310,19 @@ def finish(script, candidates, seeds, options):
         empty = dict.fromkeys(["failed", "commit", "dtype", "dev_loss", "texts"])
         record |= empty | stored | record | {"failed": reason}
     return pd.DataFrame(records)
+
+
+def stored_runs_only(arguments, records):
+    """The rows and seeds whose runs are all stored; raises InputError if there are none."""
+    missing = [record for record in records if not stored_run(record["run"])]
+    incomplete = {(record["row"], record["seed"]) for record in missing}
+    records = [record for record in records if (record["row"], record["seed"]) not in incomplete]
+    if not records:
+        raise InputError("no row of this table is stored; leave --no_new_runs out")
+    if missing:
+        print(f"{len(missing)} runs are not stored; their rows have fewer seeds, or are left out")
+    runs = {record["run"] for record in records}
+    return {run: arguments[run] for run in runs}, records
 
 
 def differences(experiment, runs, metric):
@@ -385,6 +402,9 @@ def report(experiment, runs, pooled):
     by_row = pooled.groupby("row", sort=False)
     columns = [name for name in COLUMNS if name in pooled and pooled[name].notna().any()]
     table = by_row[columns].agg(format_values)
+    seed_counts = runs.groupby("row")["seed"].nunique()
+    if seed_counts.nunique() > 1:
+        table["seeds"] = seed_counts
     if runs["chosen"].any():
         table["chosen"] = runs.groupby("row")["chosen"].agg(lambda names: "; ".join(names.unique()))
     sections = [markdown(table)]
@@ -406,11 +426,12 @@ def report(experiment, runs, pooled):
     for (row, reason), failed in runs.groupby(["row", "failed"]):
         seeds = ", ".join(map(str, failed["seed"].unique()))
         sections.append(f"Failed: {row}, seeds {seeds}: {reason}")
+    shown_seeds = " to ".join(map(str, sorted({seed_counts.min(), seed_counts.max()})))
     finished = runs[runs["failed"].isna()].drop_duplicates("run")
     sources = finished[["commit", "dtype"]].value_counts(dropna=False)
     shown = ", ".join(f"{count} of {' '.join(map(str, key))}" for key, count in sources.items())
     sections.append(
-        f"Mean \u00b1 standard deviation over {runs['seed'].nunique()} seeds. {NOTES} "
+        f"Mean \u00b1 standard deviation over {shown_seeds} seeds. {NOTES} "
         f"Runs by commit (and precision): {shown}."
     )
     return "\n\n".join(sections) + "\n"
@@ -437,6 +458,8 @@ def main():
         "--rows", nargs="+", metavar="WORD", help="only rows with one of these words in their names"
     )
     add("--accept_other_code", action="store_true", help="use runs made before the code changed")
+    text = "a table of the stored runs, of any code; rows may have fewer seeds"
+    add("--no_new_runs", action="store_true", help=text)
     options, extra_options = parser.parse_known_args()
     rows = EXPERIMENTS[options.name].rows
     chosen = {row: rows[row] for row in rows if is_chosen(row, options.rows or [""], rows)}

@@ -65,7 +65,7 @@ def outcome(run):
     [
         ("sonnet_generation", "--use_lora --lora_rank --lr --resume --generate_only --top_p"),
         ("paraphrase_detection", "generalized multihead --para_train --predict_only --use_lora"),
-        ("experiments", "sonnets poolings --seeds --jobs --rows --accept_other_code"),
+        ("experiments", "sonnets poolings --seeds --jobs --rows --accept_other_code --no_new_runs"),
     ],
 )
 def test_help_names_the_options(script, words):

@@ -92,8 +92,10 @@ def add_experiment(monkeypatch, rows, **settings):
     monkeypatch.setitem(EXPERIMENTS, "fake", experiment)
 
 
-def collect(seeds=1, jobs=1, given=(), accept_other_code=False):
-    options = argparse.Namespace(seeds=seeds, jobs=jobs, accept_other_code=accept_other_code)
+def collect(seeds=1, jobs=1, given=(), accept_other_code=False, no_new_runs=False):
+    options = argparse.Namespace(
+        seeds=seeds, jobs=jobs, accept_other_code=accept_other_code, no_new_runs=no_new_runs
+    )
     return gather(EXPERIMENTS["fake"], options, list(given))
 
 
@@ -145,6 +147,37 @@ def test_runs_of_other_code_are_repeated(task, tmp_path, monkeypatch, capsys):
     assert after["dev_loss"].tolist() == [loss + 1 for loss in before["dev_loss"]]
     collect()
     assert (task(), capsys.readouterr().out) == ([], "")
+
+
+def test_a_table_of_the_stored_runs(task, tmp_path, monkeypatch, capsys):
+    """--no_new_runs shows what an interrupted table has, in rows with different seeds."""
+    monkeypatch.setattr(sys, "argv", ["experiments.py", "fake", "--no_new_runs"])
+    with pytest.raises(InputError, match="no row of this table is stored"):
+        experiments.main()
+    collect(seeds=2)
+    edit(tmp_path / "fake_task.py", "options.seed % 10", "options.seed % 10 + 1", monkeypatch)
+    add_experiment(monkeypatch, {"one": ""})
+    collect(seeds=4, accept_other_code=True)
+    add_experiment(monkeypatch, {"one": "", "two": "--lr 2", "three": "--lr 3"})
+    task()
+    assert call_main(monkeypatch, "--no_new_runs") == 0
+    assert task() == []
+    table = (tmp_path / "results" / "fake.md").read_text(encoding="utf-8")
+    assert [cells(table, row)[-1] for row in ("row", "one", "two")] == ["seeds", "4", "2"]
+    assert "\n| three" not in table
+    assert "deviation over 2 to 4 seeds" in table
+    difference = next(block for block in table.split("\n\n") if "verdict" in block)
+    assert cells(difference, "two")[3] == "+1.000"  # of the seeds that both rows have
+    assert "9 runs are not stored" in capsys.readouterr().out
+
+
+def test_a_table_of_stored_folds(task, monkeypatch):
+    """A seed that lacks a fold is left out: its mean would be of other texts."""
+    add_experiment(monkeypatch, {"one": ""}, cross_validation=True)
+    runs = collect(seeds=2)
+    [path] = experiments.STORED.glob(f"{runs['run'].iloc[-1]}.json")
+    path.unlink()
+    assert set(collect(seeds=2, no_new_runs=True)["seed"]) == {11711}
 
 
 @pytest.mark.parametrize(
