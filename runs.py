@@ -1,6 +1,7 @@
 """The folder of a run: what a run leaves on disk, and which run can be resumed."""
 
 import ast
+import contextlib
 import glob
 import hashlib
 import importlib.metadata
@@ -111,11 +112,13 @@ class Run:
 
 
 def new_folder(parent, name):
-    """parent/name or, if it exists, the first of name-2, name-3, ... that does not."""
-    folder, numbers = parent / name, itertools.count(2)
-    while folder.exists():
-        folder = parent / f"{name}-{next(numbers)}"
-    return folder
+    """Make parent/name or, if it exists, the first of name-2, name-3, ... that does not."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        folder = parent / (f"{name}-{number}" if number > 1 else name)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
 
 
 def compared(config):

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 import runs
 from config import InputError
 from files import atomic_folder, write_csv, write_text
-from runs import Run
+from runs import Run, new_folder
 
 SHA256 = {"model_sha256": "abc", "processes": 1, "data_sha256": {"a.csv": "def"}}
 
@@ -82,6 +83,13 @@ def test_a_name_that_is_taken_gets_a_number(root):
     assert folders == [root / "runs" / "sonnets" / name for name in names]
     config = json.loads((folders[2] / "config.json").read_text(encoding="utf-8"))
     assert config == {"options": options(), "commit": "abc"}
+
+
+def test_runs_that_start_at_once_have_folders_of_their_own(tmp_path):
+    """Also if none of their folders was there a moment ago."""
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: new_folder(tmp_path / "runs", "a"), range(64)))
+    assert sorted(folders) == sorted((tmp_path / "runs").iterdir())
 
 
 def test_a_named_folder_is_never_used_twice(tmp_path):
