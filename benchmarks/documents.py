@@ -15,18 +15,22 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import ROOT
-from experiments import format_values, markdown
+from datasets import read_pairs
+from experiments import format_values, markdown, stored_run
 from files import write_text
 from plots import draw_parameters, draw_token_weights, save
+from pooling import POOLINGS
 
 MARKED = re.compile(r"<!-- (\S+)( \d+)? -->\n.*?<!-- end -->", re.DOTALL)
 OVERVIEW = ROOT / "results" / "overview"
+DISAGREEMENTS = ROOT / "results" / "disagreements.md"
 OUTPUTS = ROOT / "results" / "outputs"
 TOKEN_WEIGHTS = OUTPUTS / "attention.csv"
 HELD_OUT = {"base model": None, "full fine-tuning": "ours, full", "LoRA": "ours, LoRA"}
@@ -96,6 +100,41 @@ def write_overview():
     save(figure, OVERVIEW.with_suffix(".png"))
 
 
+def write_disagreements():
+    """On which pairs of verses the poolings differ: shares of correct pairs, and examples."""
+    runs = pd.read_csv(ROOT / "results" / "poolings.csv").set_index("row")["run"]
+    pairs = read_pairs(ROOT / "data" / "verses-test.csv").sort_values("id")  # as in stored runs
+    for name in POOLINGS:
+        texts = [stored_run(run)["texts"] for run in runs[f"separate: {name}"]]
+        pairs[name] = 100 * np.mean([values["test_accuracy"] for values in texts], axis=0)
+    words = pairs[["sentence1", "sentence2"]].map(
+        lambda text: set(re.findall(r"\w+", text.lower()))
+    )
+    overlap = [len(a & b) / len(a | b) for a, b in words.to_numpy()]
+    characters = pairs["sentence1"].str.len() + pairs["sentence2"].str.len()
+    is_similar, is_long = overlap > np.median(overlap), characters > characters.median()
+    kinds = {
+        "all": characters > 0,
+        "the same verse": pairs["label"] == 1,
+        "different verses": pairs["label"] == 0,
+        "the same verse, few common words": (pairs["label"] == 1) & ~is_similar,
+        "different verses, many common words": (pairs["label"] == 0) & is_similar,
+        "short": ~is_long,
+        "long": is_long,
+    }
+    records = [
+        {"pairs of verses": kind, "number": chosen.sum()}
+        | {name: f"{pairs.loc[chosen, name].mean():.1f}" for name in POOLINGS}
+        for kind, chosen in kinds.items()
+    ]
+    gain = pairs["generalized"] - pairs["last"]
+    examples = pairs.loc[[*gain.nlargest(3).index, *gain.nsmallest(3).index]]
+    columns = ["sentence1", "sentence2", "label", "last", "mean", "generalized"]
+    examples = examples[columns].map(lambda v: v if isinstance(v, str) else f"{v:.0f}")
+    tables = [markdown(pd.DataFrame(records)), markdown(examples)]
+    write_text(DISAGREEMENTS, "\n\n".join(tables) + "\n")
+
+
 def write_excerpts():
     """The beginning of each output, as README.md shows it."""
     for name in COMMANDS:
@@ -129,5 +168,6 @@ if __name__ == "__main__":
         run_commands()
     write_excerpts()
     write_overview()
+    write_disagreements()
     for document in ROOT.glob("*.md"):
         include_tables(document)

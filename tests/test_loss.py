@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from modules import loss as loss_module
 from modules.loss import IGNORE_INDEX, cross_entropy
 
 WIDTH, VOCAB = 6, 11
@@ -20,9 +21,11 @@ def problem(dtype=torch.float32):
     return hidden, weight, labels
 
 
+@pytest.mark.parametrize("block", [1, 2 * VOCAB, 2**20])
 @pytest.mark.parametrize("chunk", [1, 3, 8, 9, 256])
-def test_equals_the_cross_entropy_of_whole_logits(chunk):
-    """Covers a short last chunk, chunks of one position and a chunk larger than the batch."""
+def test_equals_the_cross_entropy_of_whole_logits(chunk, block, monkeypatch):
+    """Covers short last chunks and blocks, those of one position and larger than the batch."""
+    monkeypatch.setattr(loss_module, "BLOCK", block)
     hidden, weight, labels = problem()
     loss = cross_entropy(hidden, weight, labels, chunk)
     whole = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten())
