@@ -109,6 +109,7 @@ FOLD_ROWS = {
     "base model": f"--epochs 0 --seed {FIRST_SEED}",  # its loss is the same for all seeds
 }
 SOME = ("last", "mean", "generalized")
+LEARNED = ("generalized", "multihead")
 ENCODINGS = {"joint": SOME, "separate": POOLINGS, f"separate {LORA}": SOME}
 EXPERIMENTS = {
     "sonnets": Experiment(
@@ -150,10 +151,10 @@ EXPERIMENTS = {
             for pooling in poolings
         },
         {
-            f"{name}: last": [f"{name}: {pooling}" for pooling in ENCODINGS[name]]
-            for name in ENCODINGS
-        }
-        | {f"{name}: mean": [f"{name}: generalized"] for name in ENCODINGS},
+            f"{encoding}: {baseline}": [f"{encoding}: {p}" for p in others if p in poolings]
+            for encoding, poolings in ENCODINGS.items()
+            for baseline, others in {"last": POOLINGS, "mean": LEARNED}.items()
+        },
         PAIR_MARGINS,
         (PAIR_PANEL, COST),
     ),

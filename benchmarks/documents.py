@@ -100,39 +100,65 @@ def write_overview():
     save(figure, OVERVIEW.with_suffix(".png"))
 
 
+def correct_pairs(name):
+    """For each pooling with separate encoding, which test pairs its runs classify correctly.
+
+    Arrays (seeds, pairs) of 0 and 1, with the pairs sorted by id, from the table `name`.
+    """
+    runs = pd.read_csv(ROOT / "results" / f"{name}.csv")
+    correct = {}
+    for pooling in POOLINGS:
+        texts = [
+            stored_run(run)["texts"] for run in runs.query(f"row == 'separate: {pooling}'")["run"]
+        ]
+        correct[pooling] = np.array([values["test_accuracy"] for values in texts])
+    return correct
+
+
+def differing_pairs(first, second):
+    """The mean number of pairs that two runs with different seeds classify differently."""
+    counts = np.abs(first[:, None] - second).sum(2)
+    return counts[~np.eye(*counts.shape, dtype=bool)].mean()
+
+
 def write_disagreements():
-    """On which pairs of verses the poolings differ: shares of correct pairs, and examples."""
-    runs = pd.read_csv(ROOT / "results" / "poolings.csv").set_index("row")["run"]
-    pairs = read_pairs(ROOT / "data" / "verses-test.csv").sort_values("id")  # as in stored runs
-    for name in POOLINGS:
-        texts = [stored_run(run)["texts"] for run in runs[f"separate: {name}"]]
-        pairs[name] = 100 * np.mean([values["test_accuracy"] for values in texts], axis=0)
-    words = pairs[["sentence1", "sentence2"]].map(
-        lambda text: set(re.findall(r"\w+", text.lower()))
-    )
-    overlap = [len(a & b) / len(a | b) for a, b in words.to_numpy()]
-    characters = pairs["sentence1"].str.len() + pairs["sentence2"].str.len()
-    is_similar, is_long = overlap > np.median(overlap), characters > characters.median()
+    """On how many pairs of verses the poolings differ, and on which."""
+    correct = correct_pairs("poolings")
+    counts = {
+        pooling: {
+            other: f"{differing_pairs(first, second):.0f}" for other, second in correct.items()
+        }
+        for pooling, first in correct.items()
+    }
+    counts = pd.DataFrame(counts).rename_axis("pooling")
+    pairs = read_pairs(ROOT / "data" / "verses-test.csv").sort_values("id")
+    pairs = pairs.assign(**{name: 100 * runs.mean(0) for name, runs in correct.items()})
+    texts = pairs[["sentence1", "sentence2"]]
+    words = texts.map(lambda text: set(re.findall(r"\w+", text.lower()))).to_numpy()
+    overlap = np.array([len(first & second) / len(first | second) for first, second in words])
+    characters = texts.map(len).sum(axis=1)
+    same, similar = pairs["label"] == 1, overlap > np.median(overlap)
     kinds = {
         "all": characters > 0,
-        "the same verse": pairs["label"] == 1,
-        "different verses": pairs["label"] == 0,
-        "the same verse, few common words": (pairs["label"] == 1) & ~is_similar,
-        "different verses, many common words": (pairs["label"] == 0) & is_similar,
-        "short": ~is_long,
-        "long": is_long,
+        "the same verse": same,
+        "different verses": ~same,
+        "the same verse, few common words": same & ~similar,
+        "different verses, many common words": ~same & similar,
+        "shorter half": characters <= characters.median(),
+        "longer half": characters > characters.median(),
     }
-    records = [
-        {"pairs of verses": kind, "number": chosen.sum()}
-        | {name: f"{pairs.loc[chosen, name].mean():.1f}" for name in POOLINGS}
-        for kind, chosen in kinds.items()
-    ]
+    shares = pd.DataFrame(
+        {kind: pairs.loc[chosen, list(POOLINGS)].mean() for kind, chosen in kinds.items()}
+    )
+    shares = shares.T.map("{:.1f}".format).rename_axis("pairs")
+    shares.insert(0, "number", [str(chosen.sum()) for chosen in kinds.values()])
     gain = pairs["generalized"] - pairs["last"]
     examples = pairs.loc[[*gain.nlargest(3).index, *gain.nsmallest(3).index]]
-    columns = ["sentence1", "sentence2", "label", "last", "mean", "generalized"]
-    examples = examples[columns].map(lambda v: v if isinstance(v, str) else f"{v:.0f}")
-    tables = [markdown(pd.DataFrame(records)), markdown(examples)]
-    write_text(DISAGREEMENTS, "\n\n".join(tables) + "\n")
+    examples["label"] = examples["label"].map({0: "no", 1: "yes"})
+    for pooling in POOLINGS:
+        examples[pooling] = examples[pooling].map("{:.0f}".format)
+    examples = examples[["sentence1", "sentence2", "label", *POOLINGS]]
+    write_text(DISAGREEMENTS, "\n\n".join(map(markdown, (counts, shares, examples))) + "\n")
 
 
 def write_excerpts():

@@ -5,10 +5,11 @@ import shutil
 import tokenize
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import documents
-from benchmarks.documents import include_tables
+from benchmarks.documents import differing_pairs, include_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = pytest.mark.parametrize("name", ["README.md", "RESULTS.md"])
@@ -47,6 +48,22 @@ def test_the_overview_is_that_of_the_results(tmp_path, monkeypatch):
     documents.write_overview()
     committed = (ROOT / "results" / "overview.md").read_text(encoding="utf-8")
     assert (tmp_path / "overview.md").read_text(encoding="utf-8") == committed
+
+
+def test_the_pairs_that_differ_are_those_of_the_stored_runs(tmp_path, monkeypatch):
+    """results/disagreements.md is made from the committed runs."""
+    monkeypatch.setattr(documents, "DISAGREEMENTS", tmp_path / "disagreements.md")
+    documents.write_disagreements()
+    committed = (ROOT / "results" / "disagreements.md").read_text(encoding="utf-8")
+    assert (tmp_path / "disagreements.md").read_text(encoding="utf-8") == committed
+
+
+def test_differing_pairs_by_hand():
+    """Runs of the same seed are not compared: for one pooling, they are the same run."""
+    first = np.array([[1, 1, 0], [1, 0, 0]])
+    second = np.array([[1, 1, 1], [0, 0, 0]])
+    assert differing_pairs(first, first) == 1
+    assert differing_pairs(first, second) == (2 + 2) / 2
 
 
 def test_outputs_are_of_the_commands():
