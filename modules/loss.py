@@ -74,7 +74,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def replace_by_gradient(logits, labels, share):
     """Losses (n, 1); logits (n, V) become (softmax(logits) - one_hot(label)) * share."""
-    exp_logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    exp_logits = logits.to(share.dtype)  # float32, or float64; then in place, to hold it once
     largest = exp_logits.amax(-1, keepdim=True)
     losses = largest - exp_logits.gather(1, labels)
     exp_logits.sub_(largest).exp_()

@@ -102,6 +102,18 @@ def test_training_under_autocast_is_close_to_float32(dtype):
     assert_close(ours, theirs, atol=0.01, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_chunks_and_blocks_under_autocast(dtype, monkeypatch):
+    """Chunks share a buffer, whose blocks are replaced by their gradients."""
+    monkeypatch.setattr(loss_module, "BLOCK", 2 * VOCAB)
+    hidden, weight, labels = problem(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [cross_entropy(hidden, weight, labels, chunk) for chunk in (3, 256)]
+    assert_close(*losses, atol=1e-6, rtol=0)
+    ours, theirs = (torch.autograd.grad(loss, (hidden, weight)) for loss in losses)
+    assert_close(ours, theirs, atol=0.01, rtol=0)
+
+
 def test_without_gradients_autocast_changes_nothing():
     """bfloat16 logits around -110 are multiples of 0.5; dev losses use float32 logits."""
     hidden, weight, labels = problem()
