@@ -21,6 +21,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -268,18 +269,22 @@ def gather(experiment, options, extra_options):
         for name, words in (choices if isinstance(choices, dict) else {"": choices}).items()
     }
     if trials := {key: words for key, words in candidates.items() if key[-1]}:
-        runs = finish(experiment.script, trials, seeds[:SELECTION_SEEDS], options)
-        runs["dev_loss"] = runs["dev_loss"].astype(float).fillna(np.inf)  # of failed runs
-        losses = runs.groupby(["row", "fold", "chosen"], sort=False)["dev_loss"].mean()
-        losers = set(trials) - set(losses.groupby(["row", "fold"]).idxmin())
+        runs = finish(experiment.script, trials, seeds[:SELECTION_SEEDS], options, ["row"])
+        best = ()
+        if len(runs):
+            runs["dev_loss"] = runs["dev_loss"].astype(float).fillna(np.inf)  # of failed runs
+            losses = runs.groupby(["row", "fold", "chosen"], sort=False)["dev_loss"].mean()
+            best = losses.groupby(["row", "fold"]).idxmin()
+        losers = set(trials) - set(best)
         candidates = {key: words for key, words in candidates.items() if key not in losers}
     return finish(experiment.script, candidates, seeds, options)
 
 
-def finish(script, candidates, seeds, options):
+def finish(script, candidates, seeds, options, unit=("row", "seed")):
     """A record for each candidate and seed; the column `failed` says why a run failed.
 
-    `candidates` maps row, fold and name to arguments.
+    `candidates` maps row, fold and name to arguments. With --no_new_runs, records that agree in
+    the columns `unit` are left out unless all of their runs are stored.
     """
     code, records, arguments = code_sha256(), [], {}
     for seed in seeds:  # all rows of a seed, then the next
@@ -289,7 +294,8 @@ def finish(script, candidates, seeds, options):
             arguments[run] = words
             records.append({"row": row, "seed": seed, "fold": fold, "chosen": name, "run": run})
     if options.no_new_runs:
-        arguments, records = stored_runs_only(arguments, records)
+        records = complete_records(records, unit)
+        arguments = {record["run"]: arguments[record["run"]] for record in records}
     missing = [run for run in arguments if stored_run(run).get("code_sha256") != code]
     other_code = list(filter(stored_run, missing))
     use_other_code = options.accept_other_code or options.no_new_runs
@@ -313,17 +319,17 @@ def finish(script, candidates, seeds, options):
     return pd.DataFrame(records)
 
 
-def stored_runs_only(arguments, records):
-    """The rows and seeds whose runs are all stored; raises InputError if there are none."""
+def complete_records(records, unit):
+    """The records that agree in the columns `unit` with no record whose run is not stored."""
+    key = itemgetter(*unit)
     missing = [record for record in records if not stored_run(record["run"])]
-    incomplete = {(record["row"], record["seed"]) for record in missing}
-    records = [record for record in records if (record["row"], record["seed"]) not in incomplete]
-    if not records:
-        raise InputError("no row of this table is stored; leave --no_new_runs out")
     if missing:
-        print(f"{len(missing)} runs are not stored; their rows have fewer seeds, or are left out")
-    runs = {record["run"] for record in records}
-    return {run: arguments[run] for run in runs}, records
+        count = len({record["run"] for record in missing})
+        print(
+            f"{count} runs failed or are not stored; their rows have fewer seeds, or are left out"
+        )
+    incomplete = set(map(key, missing))
+    return [record for record in records if key(record) not in incomplete]
 
 
 def differences(experiment, runs, metric):
@@ -433,7 +439,7 @@ def report(experiment, runs, pooled):
     shown = ", ".join(f"{count} of {' '.join(map(str, key))}" for key, count in sources.items())
     sections.append(
         f"Mean \u00b1 standard deviation over {shown_seeds} seeds. {NOTES} "
-        f"Runs by commit (and precision): {shown}."
+        f"Differences use the seeds that both rows have. Runs by commit (and precision): {shown}."
     )
     return "\n\n".join(sections) + "\n"
 
@@ -473,6 +479,8 @@ def main():
     words = without_folders([options.name, *(options.rows or []), *extra_options])
     path = str(ROOT / "results" / re.sub(r"[^\w.]+", "-", words))
     runs = gather(experiment, options, list(map(absolute, extra_options)))
+    if runs.empty:
+        raise InputError("no row of this table is stored; leave --no_new_runs out")
     by_seed = runs.groupby(["row", "seed"], sort=False, as_index=False)
     pooled = by_seed.mean(numeric_only=True, skipna=False)  # over folds
     from plots import draw_experiment  # matplotlib is slow to import

@@ -103,22 +103,21 @@ def write_overview():
 def correct_pairs(name):
     """For each pooling with separate encoding, which test pairs its runs classify correctly.
 
-    Arrays (seeds, pairs) of 0 and 1, with the pairs sorted by id, from the table `name`.
+    Frames of 0 and 1 with a row per seed and the pairs sorted by id, from the table `name`.
     """
     runs = pd.read_csv(ROOT / "results" / f"{name}.csv")
     correct = {}
     for pooling in POOLINGS:
-        texts = [
-            stored_run(run)["texts"] for run in runs.query(f"row == 'separate: {pooling}'")["run"]
-        ]
-        correct[pooling] = np.array([values["test_accuracy"] for values in texts])
+        by_seed = runs[runs["row"] == f"separate: {pooling}"].set_index("seed")["run"]
+        texts = [stored_run(run)["texts"]["test_accuracy"] for run in by_seed]
+        correct[pooling] = pd.DataFrame(texts, index=by_seed.index)
     return correct
 
 
 def differing_pairs(first, second):
     """The mean number of pairs that two runs with different seeds classify differently."""
-    counts = np.abs(first[:, None] - second).sum(2)
-    return counts[~np.eye(*counts.shape, dtype=bool)].mean()
+    counts = np.abs(first.to_numpy()[:, None] - second.to_numpy()).sum(2)
+    return counts[first.index.to_numpy()[:, None] != second.index.to_numpy()].mean()
 
 
 def write_disagreements():
@@ -132,7 +131,7 @@ def write_disagreements():
     }
     counts = pd.DataFrame(counts).rename_axis("pooling")
     pairs = read_pairs(ROOT / "data" / "verses-test.csv").sort_values("id")
-    pairs = pairs.assign(**{name: 100 * runs.mean(0) for name, runs in correct.items()})
+    pairs = pairs.assign(**{name: 100 * runs.mean().to_numpy() for name, runs in correct.items()})
     texts = pairs[["sentence1", "sentence2"]]
     words = texts.map(lambda text: set(re.findall(r"\w+", text.lower()))).to_numpy()
     overlap = np.array([len(first & second) / len(first | second) for first, second in words])

@@ -5,7 +5,7 @@ import shutil
 import tokenize
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 import pytest
 
 from benchmarks import documents
@@ -60,8 +60,8 @@ def test_the_pairs_that_differ_are_those_of_the_stored_runs(tmp_path, monkeypatc
 
 def test_differing_pairs_by_hand():
     """Runs of the same seed are not compared: for one pooling, they are the same run."""
-    first = np.array([[1, 1, 0], [1, 0, 0]])
-    second = np.array([[1, 1, 1], [0, 0, 0]])
+    first = pd.DataFrame([[1, 1, 0], [1, 0, 0]], index=[1, 2])
+    second = pd.DataFrame([[0, 0, 0], [1, 1, 1]], index=[2, 1])
     assert differing_pairs(first, first) == 1
     assert differing_pairs(first, second) == (2 + 2) / 2
 

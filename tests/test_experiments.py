@@ -168,7 +168,23 @@ def test_a_table_of_the_stored_runs(task, tmp_path, monkeypatch, capsys):
     assert "deviation over 2 to 4 seeds" in table
     difference = next(block for block in table.split("\n\n") if "verdict" in block)
     assert cells(difference, "two")[3] == "+1.000"  # of the seeds that both rows have
-    assert "9 runs are not stored" in capsys.readouterr().out
+    assert "9 runs failed or are not stored" in capsys.readouterr().out
+
+
+def test_candidates_of_a_table_of_stored_runs(task, monkeypatch, capsys):
+    """Only a complete comparison chooses one; rows without candidates do not depend on it."""
+    add_experiment(monkeypatch, {"one": "", "best": {"a": "--lr 0.5", "b": "--lr 2"}})
+    runs = collect(seeds=2)
+    complete = collect(seeds=2, no_new_runs=True)
+    assert complete[["row", "run"]].equals(runs[["row", "run"]])
+    capsys.readouterr()
+    loser = run_name("fake_task", ["--seed", "11712", "--lr", "2"])
+    (experiments.STORED / f"{loser}.json").unlink()
+    assert set(collect(seeds=2, no_new_runs=True)["row"]) == {"one"}
+    assert "1 runs failed or are not stored" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["experiments.py", "fake", "--no_new_runs", "--rows", "best"])
+    with pytest.raises(InputError, match="no row of this table is stored"):
+        experiments.main()
 
 
 def test_a_table_of_stored_folds(task, monkeypatch):
