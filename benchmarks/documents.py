@@ -121,7 +121,7 @@ def differing_pairs(first, second):
 
 
 def write_disagreements():
-    """On how many pairs of verses the poolings differ, and on which."""
+    """On how many pairs of verses the poolings differ, how accurate they are, and examples."""
     correct = correct_pairs("poolings")
     counts = {
         pooling: {
@@ -132,6 +132,12 @@ def write_disagreements():
     counts = pd.DataFrame(counts).rename_axis("pooling")
     pairs = read_pairs(ROOT / "data" / "verses-test.csv").sort_values("id")
     pairs = pairs.assign(**{name: 100 * runs.mean().to_numpy() for name, runs in correct.items()})
+    tables = counts, accuracy_by_kind(pairs), examples(pairs)
+    write_text(DISAGREEMENTS, "\n\n".join(map(markdown, tables)) + "\n")
+
+
+def accuracy_by_kind(pairs):
+    """The accuracy (%) of each pooling on kinds of pairs; `pairs` has a column per pooling."""
     texts = pairs[["sentence1", "sentence2"]]
     words = texts.map(lambda text: set(re.findall(r"\w+", text.lower()))).to_numpy()
     overlap = np.array([len(first & second) / len(first | second) for first, second in words])
@@ -146,18 +152,20 @@ def write_disagreements():
         "shorter half": characters <= characters.median(),
         "longer half": characters > characters.median(),
     }
-    shares = pd.DataFrame(
-        {kind: pairs.loc[chosen, list(POOLINGS)].mean() for kind, chosen in kinds.items()}
-    )
-    shares = shares.T.map("{:.1f}".format).rename_axis("pairs")
-    shares.insert(0, "number", [str(chosen.sum()) for chosen in kinds.values()])
+    accuracy = {kind: pairs.loc[chosen, list(POOLINGS)].mean() for kind, chosen in kinds.items()}
+    table = pd.DataFrame(accuracy).T.map("{:.1f}".format).rename_axis("pairs")
+    table.insert(0, "number", [str(chosen.sum()) for chosen in kinds.values()])
+    return table
+
+
+def examples(pairs, number=3):
+    """The pairs on which generalized pooling gains most over the last token, and loses most."""
     gain = pairs["generalized"] - pairs["last"]
-    examples = pairs.loc[[*gain.nlargest(3).index, *gain.nsmallest(3).index]]
-    examples["label"] = examples["label"].map({0: "no", 1: "yes"})
+    chosen = pairs.loc[[*gain.nlargest(number).index, *gain.nsmallest(number).index]]
+    chosen["label"] = chosen["label"].map({0: "no", 1: "yes"})
     for pooling in POOLINGS:
-        examples[pooling] = examples[pooling].map("{:.0f}".format)
-    examples = examples[["sentence1", "sentence2", "label", *POOLINGS]]
-    write_text(DISAGREEMENTS, "\n\n".join(map(markdown, (counts, shares, examples))) + "\n")
+        chosen[pooling] = chosen[pooling].map("{:.0f}".format)
+    return chosen[["sentence1", "sentence2", "label", *POOLINGS]]
 
 
 def write_excerpts():

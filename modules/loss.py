@@ -50,9 +50,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                     logits = onednn.linear(inputs, head)
                 else:
                     logits = torch.mm(inputs, head.T, out=buffer[: len(inputs)]).to(grad_dtype)
-                parts = (whole.split(block) for whole in (logits, labels[rows], share[rows]))
-                results = [replace_by_gradient(*part) for part in zip(*parts, strict=True)]
-                losses[rows] = torch.cat(results)
+                blocks = [tensor.split(block) for tensor in (logits, labels[rows], share[rows])]
+                block_losses = map(losses_and_gradient_, *blocks)
+                losses[rows] = torch.cat(list(block_losses))
                 if need_hidden:
                     grad_hidden[rows] = logits @ grad_head
                 if need_weight and grad_dtype == weight.dtype:
@@ -72,8 +72,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return *grads, None, None
 
 
-def replace_by_gradient(logits, labels, share):
-    """Losses (n, 1); logits (n, V) become (softmax(logits) - one_hot(label)) * share."""
+def losses_and_gradient_(logits, labels, share):
+    """Losses (n, 1) of logits (n, V), which are overwritten with the gradient of the mean loss.
+
+    The gradient is (softmax(logits) - one_hot(label)) * share.
+    """
     exp_logits = logits.to(share.dtype)  # float32, or float64; then in place, to hold it once
     largest = exp_logits.amax(-1, keepdim=True)
     losses = largest - exp_logits.gather(1, labels)
