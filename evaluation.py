@@ -8,6 +8,7 @@ upper limit.
 import math
 import random
 import re
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
@@ -191,17 +192,28 @@ def classified_pairs(logits, dataset):
 
 
 def mean_interval(values):
-    """Mean and 95 % interval by Student's t; for differences of pairs, the paired interval.
-
-    With more than 20 degrees of freedom the interval is up to 6 % too wide.
-    """
+    """Mean and 95 % interval by Student's t; for differences of pairs, the paired interval."""
     mean = float(np.mean(values))
-    quantile = T_QUANTILES[min(len(values) - 1, len(T_QUANTILES)) - 1]
-    half_width = quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    deviation = float(np.std(values, ddof=1))
+    half_width = t_quantile(len(values) - 1) * deviation / math.sqrt(len(values))
     return mean, mean - half_width, mean + half_width
 
 
+def t_quantile(degrees):
+    """The 97.5 % quantile of Student's t with `degrees` degrees of freedom."""
+    if degrees <= len(T_QUANTILES):
+        return T_QUANTILES[degrees - 1]
+    return 1.96 + 2.4 / degrees  # the first terms of its expansion
+
+
 def bootstrap_interval(values, samples=2000, seed=0):
-    """95 % percentile interval of the mean over items (Efron and Tibshirani 1993, ch. 13)."""
-    indices = np.random.default_rng(seed).integers(len(values), size=(samples, len(values)))
-    return np.percentile(np.asarray(values)[indices].mean(1), [2.5, 97.5]).tolist()
+    """95 % percentile interval of the mean over texts (Efron and Tibshirani 1993, ch. 13).
+
+    It is expanded (Hesterberg 2015, arXiv 1411.5279), because percentiles alone are too narrow for
+    few texts: by 16 % for eleven.
+    """
+    count = len(values)
+    indices = np.random.default_rng(seed).integers(count, size=(samples, count))
+    quantile = t_quantile(count - 1) * math.sqrt(count / (count - 1))
+    tail = 100 * NormalDist().cdf(-quantile)
+    return np.percentile(np.asarray(values)[indices].mean(1), [tail, 100 - tail]).tolist()

@@ -14,6 +14,7 @@ shown and repeated the next time.
 import hashlib
 import importlib
 import json
+import math
 import os
 import re
 import shutil
@@ -52,11 +53,12 @@ PAIR_MARGINS = {"dev_accuracy": 0.01, "test_accuracy": 0.01, "test_loss": 0.02}
 LOSS_PANEL, PAIR_PANEL = ("dev_loss", "test_loss"), ("test_accuracy", "test_loss")
 NOTES = (
     "Losses are in nats per token, or per pair. The interval over seeds (Student's t of the "
-    "differences between runs of the same seed) is about other initializations and orders of the "
-    "training data, with the same texts. The interval over texts (bootstrap of the differences of "
-    "single texts, averaged over seeds) is about other test texts, with the same models. Both are "
-    "of the difference shown, in which a sonnet counts by its share of the tokens. A verdict uses "
-    "all intervals shown. They are not corrected for the number of rows, and dev metrics also "
+    "differences between runs of the same seed) is about other orders of the training data and, "
+    "for LoRA and classifiers, other initializations, with the same texts. The interval over texts "
+    "(bootstrap of the differences of single texts, averaged over seeds) is about other test "
+    "texts, with the same models. Both are of the difference shown, in which a sonnet counts by "
+    "its share of the tokens. A verdict uses the interval over both, in which the squares of their "
+    "widths add up. Intervals are not corrected for the number of rows, and dev metrics also "
     "chose epochs and candidates. Times, where shown, are of training alone, and memory is the "
     "peak of the process, both of runs with --jobs 1."
 )
@@ -132,7 +134,7 @@ EXPERIMENTS = {
     "lora_best": Experiment(
         "sonnet_generation",
         BEST_ROWS,
-        {FULL: BEST_ROWS},
+        {FULL: BEST_ROWS} | {f"{targets}, rank 16": [f"{targets}, rank 64"] for targets in TARGETS},
         LOSS_MARGINS,
         ("parameters", LOSS_PANEL, COST),
     ),
@@ -357,15 +359,18 @@ def compare(experiment, runs):
             seeds, texts = frame.shape  # times and memory have one value instead of texts
             over_seeds = mean_interval(frame.mean(axis=1))[1:] if seeds > 1 else ()
             over_texts = bootstrap_interval(frame.mean()) if texts > 1 else ()
+            difference = frame.mean(axis=None)
+            over_both = combine(difference, over_seeds, over_texts)
             record = {
                 "row": row,
                 "metric": metric,
                 "baseline": baseline,
-                "difference": f"{frame.mean(axis=None):+.3f}",
-                "95 % CI over seeds": " to ".join(f"{end:+.3f}" for end in over_seeds),
-                "95 % CI over texts": " to ".join(f"{end:+.3f}" for end in over_texts),
+                "difference": f"{difference:+.3f}",
+                "95 % CI over seeds": format_interval(over_seeds),
+                "95 % CI over texts": format_interval(over_texts),
+                "95 % CI over both": format_interval(over_both),
                 "margin": margin or "",
-                "verdict": decide(over_seeds, over_texts, margin),
+                "verdict": decide(over_both, margin),
             }
             if metric.endswith("accuracy"):
                 count = frame.abs().sum(axis=1).mean()
@@ -374,19 +379,34 @@ def compare(experiment, runs):
     return pd.DataFrame(records).fillna("")
 
 
-def decide(over_seeds, over_texts, margin):
-    """What all intervals agree on; a single seed decides nothing.
+def combine(difference, over_seeds, over_texts):
+    """The interval with both sources of chance; empty for a single seed.
 
-    Equivalent means that the intervals lie within the margin (two one-sided tests at 2.5 %).
+    They are independent, so that their variances add up: each of the two intervals alone may
+    exclude zero although their sum does not.
     """
     if not over_seeds:
-        return "undecided"
-    ends = [*over_seeds, *over_texts]
-    if max(map(abs, ends)) < margin:
+        return ()
+    intervals = filter(len, [over_seeds, over_texts])
+    half_width = math.hypot(*((high - low) / 2 for low, high in intervals))
+    return difference - half_width, difference + half_width
+
+
+def decide(interval, margin):
+    """What a 95 % interval of a difference shows; without one, nothing is decided.
+
+    Equivalent means that it lies within the margin (two one-sided tests at 2.5 %).
+    """
+    low, high = interval or (-math.inf, math.inf)
+    if max(-low, high) < margin:
         return "equivalent"
-    if min(ends) > 0:
+    if low > 0:
         return "higher"
-    return "lower" if max(ends) < 0 else "undecided"
+    return "lower" if high < 0 else "undecided"
+
+
+def format_interval(interval):
+    return " to ".join(f"{end:+.3f}" for end in interval)
 
 
 def format_values(values):
@@ -424,7 +444,8 @@ def report(experiment, runs, pooled):
     comparisons = compare(experiment, runs)
     sections.append(markdown(comparisons.copy()))
     if "parameters" in experiment.panels and len(comparisons):
-        shown = "metric == 'test_loss' and verdict in ['equivalent', 'lower']"
+        shown = f"baseline == '{FULL}' and metric == 'test_loss'"
+        shown += " and verdict in ['equivalent', 'lower']"
         sizes = by_row["trainable_parameters"].mean()[comparisons.query(shown)["row"]]
         smallest = "none is shown" if sizes.empty else sizes.idxmin()
         sections.append(

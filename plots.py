@@ -1,5 +1,6 @@
 """Plots of a run (learning curves, weights of a learned pooling) and of an experiment."""
 
+import math
 import warnings
 from itertools import cycle
 
@@ -158,4 +159,4 @@ def row_means(runs, metric):
 
 def half_width(values):
     values = values.dropna()
-    return mean_interval(values)[2] - values.mean() if len(values) > 1 else 0.0
+    return mean_interval(values)[2] - values.mean() if len(values) > 1 else math.nan

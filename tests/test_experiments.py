@@ -19,6 +19,7 @@ from experiments import (
     EXPERIMENTS,
     Experiment,
     absolute,
+    combine,
     compare,
     decide,
     differences,
@@ -294,7 +295,7 @@ def test_a_table_and_its_plot(task, tmp_path, monkeypatch):
     assert plot.stem.endswith("data-a")
     table = plot.with_suffix(".md").read_text(encoding="utf-8")
     difference = next(block for block in table.split("\n\n") if "verdict" in block)
-    expected = ["two", "dev_loss", "one", "+1.000", *["+1.000 to +1.000"] * 2, "1.5", "equivalent"]
+    expected = ["two", "dev_loss", "one", "+1.000", *["+1.000 to +1.000"] * 3, "1.5", "equivalent"]
     assert cells(difference, "two") == expected
     assert cells(table, "Shakespeare")[1] == "1.000"
     assert cells(table, "random lines")[1] == "0.000"
@@ -354,24 +355,35 @@ def test_options_that_are_set_for_each_run_are_rejected(task, monkeypatch, optio
 
 
 @pytest.mark.parametrize(
-    ("over_seeds", "over_pairs", "margin", "verdict"),
+    ("interval", "margin", "verdict"),
     [
-        ((), (), 0.1, "undecided"),
-        ((), (0.2, 0.4), 0.1, "undecided"),  # one seed, however many pairs
-        ((), (-0.01, 0.01), 0.1, "undecided"),
-        ((0.2, 0.4), (), 0.1, "higher"),
-        ((0.2, 0.4), (0.1, 0.5), 0.1, "higher"),
-        ((0.2, 0.4), (-0.1, 0.5), 0.1, "undecided"),
-        ((-0.4, -0.2), (-0.5, -0.1), 0.1, "lower"),
-        ((-0.05, 0.09), (), 0.1, "equivalent"),
-        ((0.01, 0.09), (), 0.1, "equivalent"),
-        ((-0.05, 0.09), (-0.2, 0.05), 0.1, "undecided"),
-        ((-0.05, 0.09), (), 0.0, "undecided"),
+        ((), 0.1, "undecided"),  # one seed
+        ((0.2, 0.4), 0.1, "higher"),
+        ((-0.1, 0.5), 0.1, "undecided"),
+        ((-0.4, -0.2), 0.1, "lower"),
+        ((-0.05, 0.09), 0.1, "equivalent"),
+        ((0.01, 0.09), 0.1, "equivalent"),
+        ((-0.2, 0.05), 0.1, "undecided"),
+        ((-0.05, 0.09), 0.0, "undecided"),
     ],
 )
-def test_verdicts_by_hand(over_seeds, over_pairs, margin, verdict):
-    """All intervals have to agree, and one seed decides nothing."""
-    assert decide(over_seeds, over_pairs, margin) == verdict
+def test_verdicts_by_hand(interval, margin, verdict):
+    """A difference is equivalent within the margin, and otherwise has a sign or none."""
+    assert decide(interval, margin) == verdict
+
+
+@pytest.mark.parametrize(
+    ("over_seeds", "over_texts", "over_both"),
+    [
+        ((), (0.2, 0.4), ()),  # one seed, however many texts
+        ((0.2, 0.4), (), (0.2, 0.4)),  # time and memory
+        ((0.0, 0.6), (-0.1, 0.7), (-0.2, 0.8)),  # 0.3, 0.4 and 0.5
+        ((0.05, 0.55), (0.05, 0.55), (0.3 - 0.125**0.5, 0.3 + 0.125**0.5)),
+    ],
+)
+def test_the_interval_over_both_by_hand(over_seeds, over_texts, over_both):
+    """Half-widths add like the sides of a right triangle: the last includes zero."""
+    assert combine(0.3, over_seeds, over_texts) == pytest.approx(over_both)
 
 
 @pytest.mark.parametrize(
