@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import ROOT
 from datasets import read_pairs
-from experiments import format_values, markdown, stored_run
+from evaluation import bootstrap_interval, mean_interval
+from experiments import combine, format_values, markdown, stored_run
 from files import write_text
 from plots import draw_parameters, draw_token_weights, save
 from pooling import POOLINGS
@@ -132,30 +133,57 @@ def write_disagreements():
     counts = pd.DataFrame(counts).rename_axis("pooling")
     pairs = read_pairs(ROOT / "data" / "verses-test.csv").sort_values("id")
     pairs = pairs.assign(**{name: 100 * runs.mean().to_numpy() for name, runs in correct.items()})
-    tables = counts, accuracy_by_kind(pairs), examples(pairs)
+    kinds = kinds_of_pairs(pairs)
+    tables = counts, accuracy_by_kind(pairs, kinds), advantages(correct, kinds), examples(pairs)
     write_text(DISAGREEMENTS, "\n\n".join(map(markdown, tables)) + "\n")
 
 
-def accuracy_by_kind(pairs):
-    """The accuracy (%) of each pooling on kinds of pairs; `pairs` has a column per pooling."""
+def kinds_of_pairs(pairs):
+    """Names and boolean arrays; a half is above or below the median of all pairs."""
     texts = pairs[["sentence1", "sentence2"]]
     words = texts.map(lambda text: set(re.findall(r"\w+", text.lower()))).to_numpy()
     overlap = np.array([len(first & second) / len(first | second) for first, second in words])
-    characters = texts.map(len).sum(axis=1)
-    same, similar = pairs["label"] == 1, overlap > np.median(overlap)
-    kinds = {
+    characters = texts.map(len).sum(axis=1).to_numpy()
+    same = pairs["label"].to_numpy() == 1
+    similar = overlap > np.median(overlap)
+    longer = characters > np.median(characters)
+    return {
         "all": characters > 0,
         "the same verse": same,
         "different verses": ~same,
         "the same verse, few common words": same & ~similar,
         "different verses, many common words": ~same & similar,
-        "shorter half": characters <= characters.median(),
-        "longer half": characters > characters.median(),
+        "misleading words (the last two)": same != similar,
+        "shorter half": ~longer,
+        "longer half": longer,
     }
+
+
+def accuracy_by_kind(pairs, kinds):
+    """The accuracy (%) of each pooling on kinds of pairs; `pairs` has a column per pooling."""
     accuracy = {kind: pairs.loc[chosen, list(POOLINGS)].mean() for kind, chosen in kinds.items()}
     table = pd.DataFrame(accuracy).T.map("{:.1f}".format).rename_axis("pairs")
     table.insert(0, "number", [str(chosen.sum()) for chosen in kinds.values()])
     return table
+
+
+def advantages(correct, kinds):
+    """How much larger the gain over the last token is on a kind of pairs than on all others.
+
+    In percentage points, with half of the 95 % interval over seeds and texts.
+    """
+    table = {}
+    for kind in ("different verses", "misleading words (the last two)", "longer half"):
+        chosen = kinds[kind]
+        weights = np.where(chosen, 1 / chosen.mean(), -1 / (1 - chosen.mean()))
+        cells = {}
+        for pooling in list(POOLINGS)[1:]:
+            gains = 100 * weights * (correct[pooling] - correct["last"])
+            mean, *over_seeds = mean_interval(gains.mean(axis=1))
+            low, high = combine(mean, over_seeds, bootstrap_interval(gains.mean()))
+            cells[pooling] = f"{mean:+.1f} \u00b1 {(high - low) / 2:.1f}"
+        table[f"{kind}, minus others"] = cells
+    return pd.DataFrame(table).T.rename_axis("gain over the last token")
 
 
 def examples(pairs, number=3):
