@@ -57,10 +57,10 @@ NOTES = (
     "for LoRA and classifiers, other initializations, with the same texts. The interval over texts "
     "(bootstrap of the differences of single texts, averaged over seeds) is about other test "
     "texts, with the same models. Both are of the difference shown, in which a sonnet counts by "
-    "its share of the tokens. A verdict uses the interval over both, in which the squares of their "
-    "widths add up. Intervals are not corrected for the number of rows, and dev metrics also "
-    "chose epochs and candidates. Times, where shown, are of training alone, and memory is the "
-    "peak of the process, both of runs with --jobs 1."
+    "its share of the tokens. A verdict uses the interval over both: the squares of the distances "
+    "from the difference to the ends add up. Intervals are not corrected for the number of rows, "
+    "and dev metrics also chose epochs and candidates. Times, where shown, are of training alone, "
+    "and memory is the peak of the process, both of runs with --jobs 1."
 )
 
 
@@ -382,14 +382,15 @@ def compare(experiment, runs):
 def combine(difference, over_seeds, over_texts):
     """The interval with both sources of chance; empty for a single seed.
 
-    They are independent, so that their variances add up: each of the two intervals alone may
-    exclude zero although their sum does not.
+    They are independent, so that squares of errors add up, for each end alone (Zou and Donner
+    2008): both intervals may exclude zero although this one does not.
     """
     if not over_seeds:
         return ()
-    intervals = filter(len, [over_seeds, over_texts])
-    half_width = math.hypot(*((high - low) / 2 for low, high in intervals))
-    return difference - half_width, difference + half_width
+    intervals = list(filter(len, [over_seeds, over_texts]))
+    below = math.hypot(*(difference - low for low, _ in intervals))
+    above = math.hypot(*(high - difference for _, high in intervals))
+    return difference - below, difference + above
 
 
 def decide(interval, margin):
@@ -443,7 +444,7 @@ def report(experiment, runs, pooled):
         sections.append(markdown(table))
     comparisons = compare(experiment, runs)
     sections.append(markdown(comparisons.copy()))
-    if "parameters" in experiment.panels and len(comparisons):
+    if "parameters" in experiment.panels and FULL in list(comparisons.get("baseline", [])):
         shown = f"baseline == '{FULL}' and metric == 'test_loss'"
         shown += " and verdict in ['equivalent', 'lower']"
         sizes = by_row["trainable_parameters"].mean()[comparisons.query(shown)["row"]]

@@ -139,7 +139,10 @@ def write_disagreements():
 
 
 def kinds_of_pairs(pairs):
-    """Names and boolean arrays; a half is above or below the median of all pairs."""
+    """Names and boolean arrays; a half is above or below the median of all pairs.
+
+    Words mislead if the same verse has few in common, or different verses many.
+    """
     texts = pairs[["sentence1", "sentence2"]]
     words = texts.map(lambda text: set(re.findall(r"\w+", text.lower()))).to_numpy()
     overlap = np.array([len(first & second) / len(first | second) for first, second in words])
@@ -153,7 +156,7 @@ def kinds_of_pairs(pairs):
         "different verses": ~same,
         "the same verse, few common words": same & ~similar,
         "different verses, many common words": ~same & similar,
-        "misleading words (the last two)": same != similar,
+        "misleading words": same != similar,
         "shorter half": ~longer,
         "longer half": longer,
     }
@@ -173,12 +176,12 @@ def advantages(correct, kinds):
     In percentage points, with half of the 95 % interval over seeds and texts.
     """
     table = {}
-    for kind in ("different verses", "misleading words (the last two)", "longer half"):
+    for kind in ("different verses", "misleading words", "longer half"):
         chosen = kinds[kind]
         weights = np.where(chosen, 1 / chosen.mean(), -1 / (1 - chosen.mean()))
         cells = {}
         for pooling in list(POOLINGS)[1:]:
-            gains = 100 * weights * (correct[pooling] - correct["last"])
+            gains = (100 * weights * (correct[pooling] - correct["last"])).dropna()
             mean, *over_seeds = mean_interval(gains.mean(axis=1))
             low, high = combine(mean, over_seeds, bootstrap_interval(gains.mean()))
             cells[pooling] = f"{mean:+.1f} \u00b1 {(high - low) / 2:.1f}"
@@ -187,7 +190,10 @@ def advantages(correct, kinds):
 
 
 def examples(pairs, number=3):
-    """The pairs on which generalized pooling gains most over the last token, and loses most."""
+    """Pairs on which generalized pooling gains most over the last token, and loses most.
+
+    Of equal ones, the first.
+    """
     gain = pairs["generalized"] - pairs["last"]
     chosen = pairs.loc[[*gain.nlargest(number).index, *gain.nsmallest(number).index]]
     chosen["label"] = chosen["label"].map({0: "no", 1: "yes"})

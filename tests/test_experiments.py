@@ -379,10 +379,11 @@ def test_verdicts_by_hand(interval, margin, verdict):
         ((0.2, 0.4), (), (0.2, 0.4)),  # time and memory
         ((0.0, 0.6), (-0.1, 0.7), (-0.2, 0.8)),  # 0.3, 0.4 and 0.5
         ((0.05, 0.55), (0.05, 0.55), (0.3 - 0.125**0.5, 0.3 + 0.125**0.5)),
+        ((0.3, 0.3), (0.2, 0.7), (0.2, 0.7)),  # not symmetric
     ],
 )
 def test_the_interval_over_both_by_hand(over_seeds, over_texts, over_both):
-    """Half-widths add like the sides of a right triangle: the last includes zero."""
+    """Distances add like the sides of a right triangle: the fourth includes zero."""
     assert combine(0.3, over_seeds, over_texts) == pytest.approx(over_both)
 
 
