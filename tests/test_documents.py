@@ -23,15 +23,20 @@ def test_tables_are_those_of_the_results(name, tmp_path):
     assert copy.read_text(encoding="utf-8") == (ROOT / name).read_text(encoding="utf-8")
 
 
-@DOCUMENTS
-def test_numbers_in_sentences_are_in_the_results(name):
-    """Numbers with two or more decimals outside of code and tables were written by a command."""
+def sentences(name):
+    """A document without its code and copied tables, with single spaces."""
     text = (ROOT / name).read_text(encoding="utf-8")
     marked = r"```.*?```|<!-- \S+ \d+ -->.*?<!-- end -->|`[^`]*`"
-    prose = re.sub(marked, "", text, flags=re.DOTALL)
+    return " ".join(re.sub(marked, "", text, flags=re.DOTALL).split())
+
+
+@DOCUMENTS
+@pytest.mark.parametrize("pattern", [r"\d+\.\d\d+", r"[+-]\d\.\d+ to [+-]\d\.\d+"])
+def test_numbers_in_sentences_are_in_the_results(name, pattern):
+    """Numbers with two or more decimals, and signed intervals, were written by a command."""
     paths = [*ROOT.glob("results/*.md"), *ROOT.glob("benchmarks/results/*.md")]
     results = "".join(path.read_text(encoding="utf-8") for path in paths)
-    stale = set(re.findall(r"\d+\.\d\d+", prose)) - set(re.findall(r"\d+\.\d\d+", results))
+    stale = set(re.findall(pattern, sentences(name))) - set(re.findall(pattern, results))
     assert not stale, f"{name} says {stale}, which is in no table"
 
 
