@@ -8,14 +8,12 @@ apply_lora(model, LoRAConfig(rank=4))  # freeze the model and wrap the target la
 merge_lora(model)                      # W + (alpha / r) B A, plain linear layers again
 """
 
-import hashlib
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from config import InputError
-from modules.dropout import Dropout
+from config import InputError, LoRAConfig
 
 
 class LoRALinear(nn.Module):
@@ -25,56 +23,47 @@ class LoRALinear(nn.Module):
     exceeds a dimension of W.
     """
 
-    def __init__(self, base, rank, alpha, dropout):
+    def __init__(self, base: nn.Linear, config: LoRAConfig) -> None:
         super().__init__()
-        if not 1 <= rank <= min(base.in_features, base.out_features):
+        if config.rank > min(base.in_features, base.out_features):
             shape = f"{base.out_features} x {base.in_features}"
-            raise InputError(f"lora_rank {rank} does not fit a {shape} weight; use a smaller rank")
+            raise InputError(f"lora_rank {config.rank} does not fit a {shape} weight: reduce it")
         self.base = base.requires_grad_(False)
-        self.rank = rank
-        self.alpha = alpha
-        self.scaling = alpha / rank
+        self.config = config
+        self.scaling = config.alpha / config.rank
         device = base.weight.device
-        self.lora_a = nn.Linear(base.in_features, rank, False, device, torch.float32)
-        self.lora_b = nn.Linear(rank, base.out_features, False, device, torch.float32)
-        self.dropout = Dropout(dropout)
+        self.lora_a = nn.Linear(base.in_features, config.rank, bias=False, device=device)
+        self.lora_b = nn.Linear(config.rank, base.out_features, bias=False, device=device)
+        self.dropout = nn.Dropout(config.dropout)
         nn.init.kaiming_uniform_(self.lora_a.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_b.weight)
         self.train(base.training)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        rows = x.reshape(-1, x.shape[-1])
-        hidden = self.lora_a(self.dropout(rows))  # (rows, R)
-        out = self.base(rows)
-        # In place and scaled on the way, which saves three passes over the output. The contiguous
-        # copy of B halves the time of its gradient.
-        b = self.lora_b.weight.T.contiguous()  # (R, out)
-        out.addmm_(hidden.to(out.dtype), b.to(out.dtype), alpha=self.scaling)
-        return out.view(*x.shape[:-1], -1)
-
-    def update(self):
-        """(alpha / r) B A, (out, in)."""
-        return self.scaling * (self.lora_b.weight @ self.lora_a.weight)
+        return self.base(x) + self.scaling * self.lora_b(self.lora_a(self.dropout(x)))
 
     @torch.no_grad()
-    def merged(self):
-        """The base layer with the weight W + (alpha / r) B A."""
-        self.base.weight += self.update()
-        return self.base
+    def merged(self) -> nn.Linear:
+        """A plain, frozen linear layer with the weight W + (alpha / r) B A."""
+        linear = nn.Linear(self.base.in_features, self.base.out_features, device="meta")
+        update = self.scaling * (self.lora_b.weight @ self.lora_a.weight)
+        linear.weight = nn.Parameter(self.base.weight + update, requires_grad=False)
+        linear.bias = self.base.bias
+        return linear.train(self.training)
 
 
-def backbone(module):
+def backbone(module: nn.Module) -> nn.Module:
     """The GPT-2 of a task model, or the module itself."""
     return getattr(module, "gpt", module)
 
 
-def lora_layers(module):
+def lora_layers(module: nn.Module) -> dict[str, LoRALinear]:
     """All LoRALinear layers by name."""
     return {name: part for name, part in module.named_modules() if isinstance(part, LoRALinear)}
 
 
-def apply_lora(module, config):
+def apply_lora(module: nn.Module, config: LoRAConfig) -> nn.Module:
     """Freeze the GPT-2 and wrap the layers named in `config.targets`; returns `module`.
 
     Heads and poolings around the GPT-2 stay trainable. Raises InputError if it has adapters.
@@ -83,90 +72,14 @@ def apply_lora(module, config):
     if lora_layers(gpt):
         raise InputError("the model already has LoRA adapters: call merge_lora first")
     gpt.requires_grad_(False)
-    gpt.lora_config = config
     for name, part in list(gpt.named_modules()):
         if name.rpartition(".")[2] in config.targets:
-            gpt.set_submodule(name, LoRALinear(part, config.rank, config.alpha, config.dropout))
+            gpt.set_submodule(name, LoRALinear(part, config))
     return module
 
 
-def merge_lora(module):
-    """Add all updates to their weights and restore plain, frozen linear layers; returns `module`.
-
-    Raises InputError if the base has been cast, because the merged weights would lose precision.
-    """
-    if hasattr(backbone(module), "cast_sha256"):
-        raise InputError("the base was cast for training: load base and adapter again, then merge")
+def merge_lora(module: nn.Module) -> nn.Module:
+    """Add all updates to their weights and restore plain linear layers; returns `module`."""
     for name, layer in lora_layers(module).items():
         module.set_submodule(name, layer.merged())
     return module
-
-
-def cast_frozen_weights(module, dtype):
-    """Cast frozen weight matrices to the autocast dtype once, instead of in every step.
-
-    Norms and positions stay float32.
-    """
-    gpt = backbone(module)
-    matrices = [part for part in gpt.modules() if isinstance(part, nn.Linear)]
-    frozen = [part for part in (gpt.token_embedding, *matrices) if not part.weight.requires_grad]
-    casts = any(part.weight.dtype != dtype for part in frozen)
-    original = base_sha256(gpt) if casts else None
-    for part in frozen:
-        part.to(dtype)
-    if casts:
-        gpt.cast_sha256 = original, weights_sha256(gpt)
-    return module
-
-
-def base_sha256(module):
-    """SHA-256 of a GPT-2's own weights in float32, without adapters; identifies the base.
-
-    Raises InputError if the weights were changed after a cast, because the value is then unknown.
-    """
-    gpt = backbone(module)
-    if not hasattr(gpt, "cast_sha256"):
-        return weights_sha256(gpt, torch.float32)
-    original, cast = gpt.cast_sha256
-    if weights_sha256(gpt) != cast:
-        raise InputError("the base was changed after its weights were cast: load it again")
-    return original
-
-
-def weights_sha256(gpt, dtype=None):
-    """SHA-256 over names and values, in the given dtype or in that of each weight.
-
-    The last value is remembered and computed again if `fingerprint` finds a difference.
-    """
-    weights = {
-        name.replace(".base.", "."): weight.detach()
-        for name, weight in gpt.named_parameters()
-        if ".lora_" not in name
-    }
-    key = dtype, fingerprint(weights.values())
-    if gpt.known_sha256[0] != key:
-        digest = hashlib.sha256()
-        for name in sorted(weights):
-            values = weights[name].to("cpu", dtype).contiguous()
-            digest.update(name.encode() + b"\0")
-            digest.update(values.view(torch.uint8).numpy())
-        gpt.known_sha256 = key, digest.hexdigest()
-    return gpt.known_sha256[1]
-
-
-def fingerprint(weights):
-    """Numbers that change with the weights, faster than SHA-256 and without copies from a GPU.
-
-    The version of a tensor is not enough: `.data`, NumPy and fused optimizers do not raise it.
-    hash_tensor is the XOR of all values, so it sees any change of one value, but not one that
-    moves values, or negates or fills an even number of them. Those change the second number, a sum
-    with weights that depend on the place. Only changes that cancel in one and round off in the
-    other are missed.
-    """
-    numbers = []
-    for weight in weights:
-        ramp = torch.linspace(1, 2, weight.shape[-1]).to(weight)
-        with torch.autocast(weight.device.type, enabled=False):
-            total = (weight @ ramp).cumsum(0).sum()  # earlier rows count more often
-        numbers += torch.hash_tensor(weight).double(), total.double()
-    return torch.stack(numbers).tolist()  # one read, for which the host waits on a GPU

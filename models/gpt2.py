@@ -1,151 +1,128 @@
-"""GPT-2 (Radford et al. 2019), written by hand, with the weights of Hugging Face folders."""
+"""GPT-2 (Radford et al. 2019), written by hand."""
 
-import functools
-from itertools import chain
+import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from config import InputError
-from lora import lora_layers
-from models import hugging_face
-from modules.dropout import Dropout
+from config import GPT2Config, InputError
+from modules.attention import KVCache
 from modules.gpt2_layer import GPT2Layer
-from pooling import last_token
-
-
-def to_device(tensor, device):
-    """Copy a tensor of the host; on CUDA the host does not wait, which needs pinned memory."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 class GPT2Model(nn.Module):
     """Token ids to hidden states: embeddings, layers, final norm."""
 
-    def __init__(self, config):
+    def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.config = config
-        self.folder = None  # of the weights and the tokenizer
-        self.name = None  # how the model is loaded elsewhere: hub name or path
-        self.raw_config = {}  # config.json as it was loaded
-        self.copied_files = []  # files of `folder` that are saved with the model
-        self.known_sha256 = None, None  # of lora.weights_sha256
         self.gradient_checkpointing = False
-        self.packed_head = None  # see modules.onednn
+        self.name: str | None = None  # a size name or folder, with which others load this model
+        self.tokenizer: Any = None  # of transformers, from the same folder
+        self.settings: Any = None  # transformers' configurations, which are saved with the weights
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.position_embedding = nn.Embedding(config.n_positions, config.n_embd)
-        self.dropout = Dropout(config.embd_pdrop)
+        self.dropout = nn.Dropout(config.embd_pdrop)
         self.layers = nn.ModuleList(GPT2Layer(config) for _ in range(config.n_layer))
         self.final_norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.apply(init_weights)
+        for layer in self.layers:  # smaller, because 2 n_layer of them add up in the residual
+            for residual in (layer.attention.out_proj, layer.out_dense):
+                nn.init.normal_(residual.weight, std=0.02 / math.sqrt(2 * config.n_layer))
 
-    def forward(self, input_ids, attention_mask=None, cache=None, right_padded=False):
-        """Hidden states (B, T, C) and that of each last real token (B, C) for ids (B, T).
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> dict[str, Tensor]:
+        """`last_hidden_state` (B, T, C) and, of the last real token, `last_token` (B, C).
 
-        `attention_mask` (B, cached + T) is 1 at real tokens; padding may be on either side. If
-        `right_padded` promises that no padding precedes a real token, the blocks need no mask:
-        causality hides the padding. With a cache, `input_ids` follow the cached tokens. Raises
-        InputError if positions run out.
+        `attention_mask` (B, cached + T) is 1 at real tokens, and padding may be on either side. The
+        hidden states of texts that are padded on the right need no mask, because causality hides
+        padding. With a cache, `input_ids` (B, T) follow the cached tokens. Raises InputError if
+        positions run out.
         """
-        batch, tokens = input_ids.shape
-        cached = cache.length if cache is not None else 0
+        tokens, cached = input_ids.shape[1], 0 if cache is None else cache.length
         total, limit = cached + tokens, self.config.n_positions
-        if total > limit:
-            raise InputError(
-                f"{total} tokens, but the model has {limit} positions; shorten the text"
-            )
-        device = input_ids.device
-        real = torch.ones(batch, total, dtype=torch.bool, device=device)
-        needs_mask = cached > 0 and tokens > 1
-        if attention_mask is not None:
-            if attention_mask.shape != real.shape:
-                raise InputError(f"attention_mask must have the shape {tuple(real.shape)}")
-            real = attention_mask.bool()
-            # To look for padding before a real token would make the host wait for a GPU.
-            needs_mask = needs_mask or not right_padded
-        mask = None
-        if needs_mask:
-            key = torch.arange(total, device=device)
-            query = key[cached:, None]
+        if total > limit and (attention_mask is None or cache is None):
+            raise InputError(f"{total} tokens, but the model has {limit} positions: shorten it")
+        key = torch.arange(total, device=input_ids.device)
+        if attention_mask is None and (cached == 0 or tokens == 1):
+            real, mask = torch.ones_like(input_ids, dtype=torch.bool), None
+            positions = key[cached:]
+        else:
+            if attention_mask is None:
+                attention_mask = torch.ones(len(input_ids), total, device=input_ids.device)
+            if attention_mask.shape != (len(input_ids), total):
+                raise InputError(f"attention_mask must have the shape {len(input_ids), total}")
+            real, query = attention_mask.bool(), key[cached:, None]
             # A padding token attends to itself: a row without any key would be NaN.
             mask = (key <= query) & real[:, None, None] | (key == query)  # (B, 1, T, cached + T)
-        positions = (real.cumsum(1) - 1).clamp(min=0)[:, cached:]
+            positions = (real.cumsum(1) - 1).clamp(min=0)[:, cached:]
+            real = real[:, cached:]
         x = self.dropout(self.token_embedding(input_ids) + self.position_embedding(positions))
         for index, layer in enumerate(self.layers):
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, mask, cache, index, use_reentrant=False)
+                x = checkpoint(layer, x, mask, use_reentrant=False)
             else:
                 x = layer(x, mask, cache, index)
         if cache is not None:
             cache.length = total
         hidden = self.final_norm(x)
-        last = last_token(hidden, real[:, cached:])
-        return {"last_hidden_state": hidden, "last_token": last}
+        last = real.cumsum(1).argmax(1)  # the first of equal maxima
+        rows = torch.arange(len(hidden), device=hidden.device)
+        return {"last_hidden_state": hidden, "last_token": hidden[rows, last]}
 
-    def hidden_state_to_token(self, hidden):
+    def hidden_state_to_token(self, hidden: Tensor) -> Tensor:
         """Logits over the vocabulary, (..., C) -> (..., V), with the tied embedding."""
-        if self.packed_head is not None:
-            return self.packed_head(hidden)
         return F.linear(hidden, self.token_embedding.weight)
 
-    @functools.cached_property
-    def tokenizer(self):
-        """The transformers tokenizer of the model's folder; raises InputError if it has none."""
-        return hugging_face.load_tokenizer(self.folder)
+    @property
+    def end_of_text(self) -> int | None:
+        """The token that ends training texts and stops generation."""
+        return self.config.eos_token_id
 
-    @functools.cached_property
-    def end_of_text(self):
-        """The token that ends training texts and stops generation.
-
-        config.json decides, not generation_config.json. If it sets none, the tokenizer does; if
-        that has none in the vocabulary either, None: generation only stops at its limits.
-        """
-        if self.config.eos_token_id is not None or self.folder is None:
-            return self.config.eos_token_id
-        eos = self.tokenizer.eos_token_id
-        return eos if eos in range(self.config.vocab_size) else None
-
-    def encode(self, texts):
-        """Token ids of each text, without an end-of-text token that the tokenizer may append.
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text; a special token's name in a text is ordinary text.
 
         Raises InputError for a token that the model does not have.
         """
         if not texts:
             return []
-        # The mask is 1 at tokens that the tokenizer has added.
-        encoded = self.tokenizer(texts, return_special_tokens_mask=True, verbose=False)
-        rows = encoded["input_ids"]
-        for row, added in zip(rows, encoded["special_tokens_mask"], strict=True):
-            if added[-1:] == [1] and row[-1] == self.end_of_text:
-                row.pop()
-        largest = max(chain.from_iterable(rows), default=0)
+        settings = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        rows = self.tokenizer(texts, **settings)["input_ids"]
+        largest = max((max(row) for row in rows if row), default=0)
         if largest >= self.config.vocab_size:
-            name = self.tokenizer.convert_ids_to_tokens(largest)
-            raise InputError(
-                f"a text contains the token {name!r} ({largest}), but the model has "
-                f"{self.config.vocab_size} tokens; remove it from the text"
-            )
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            size = self.config.vocab_size
+            raise InputError(f"a text needs the token {token!r} ({largest}), the model has {size}")
         return rows
 
-    def decode(self, ids):
+    def decode(self, ids: list[int]) -> str:
         """The text of token ids, without special tokens."""
         return self.tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
     @classmethod
-    def from_pretrained(cls, model="tiny", *, d=None, l=None, num_heads=None):  # noqa: E741
+    def from_pretrained(
+        cls,
+        model: str | Path = "tiny",
+        d: int | None = None,
+        l: int | None = None,  # noqa: E741 (the course's name)
+        num_heads: int | None = None,
+    ) -> "GPT2Model":
         """Load a size name (`tiny`, `gpt2` to `gpt2-xl`) or a Hugging Face folder in float32.
 
         `d`, `l` and `num_heads` (width, layers, heads) are checked if given. Raises InputError for
         a model that cannot be used. The model is in evaluation mode.
         """
-        folder = hugging_face.find_model(model)
-        config, raw_config = hugging_face.read_config(folder)
+        from models import hugging_face  # here: this file runs without it, and it imports slowly
+
+        loaded = hugging_face.load(model)
+        config = loaded.config
         for name, expected, actual in (
             ("d", d, config.n_embd),
             ("l", l, config.n_layer),
@@ -155,15 +132,23 @@ class GPT2Model(nn.Module):
                 raise InputError(f"{model} has {name}={actual}, not {expected}; leave it out")
         with torch.device("meta"):  # no random initialization
             gpt = cls(config)
-        gpt.load_state_dict(hugging_face.load_weights(folder, config), assign=True)
-        gpt.folder = folder
-        gpt.name = hugging_face.portable_name(model, folder)
-        gpt.raw_config = raw_config
-        gpt.copied_files = hugging_face.matching_files(folder, hugging_face.COPIED_PATTERNS)
+        gpt.load_state_dict(loaded.state, assign=True)
+        gpt.name, gpt.tokenizer, gpt.settings = loaded.name, loaded.tokenizer, loaded.settings
         return gpt.eval()
 
-    def save_pretrained(self, folder, dtype=torch.float32):
-        """Write a Hugging Face folder; raises InputError if LoRA adapters are not merged."""
-        if lora_layers(self):
-            raise InputError("the model has LoRA adapters: call merge_lora, or use save_adapter")
-        hugging_face.save_model(self, Path(folder), dtype)
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that GPT2LMHeadModel and AutoTokenizer read, with the loaded settings.
+
+        Raises InputError if LoRA adapters are not merged.
+        """
+        from models import hugging_face  # here: see from_pretrained
+
+        hugging_face.save(self, Path(folder))
+
+
+def init_weights(module: nn.Module) -> None:
+    """GPT-2's initialization: normal with standard deviation 0.02, biases 0."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)

@@ -1,4 +1,4 @@
-"""Hugging Face folders: transformers reads them, one table maps the parameter names.
+"""Hugging Face folders: transformers reads and writes them, one table maps the parameter names.
 
 transformers is not strict: it loads other architectures, untied heads and NaN silently and
 initializes missing layers randomly. The checks here turn each of these into an InputError.
@@ -6,18 +6,26 @@ initializes missing layers randomly. The checks here turn each of these into an 
 
 import contextlib
 import dataclasses
-import os
+import json
 import re
 import shutil
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
+import transformers
+from huggingface_hub import model_info, snapshot_download
+from torch import Tensor
+from transformers.utils import logging
 
-from config import BUNDLED_MODEL, PRESETS, ROOT, GPT2Config, InputError
-from files import read_json, write_json
+from config import ROOT, GPT2Config, InputError
 
+logging.set_verbosity(logging.CRITICAL)  # errors are reported as InputError
+logging.disable_progress_bar()
+BUNDLED_MODEL = ROOT / "data" / "tiny-gpt2"
+SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUB_ORGANIZATION = "openai-community/"  # the hub's `gpt2` redirects here
 CONV1D_LAYERS = {  # Hugging Face's Conv1D layers in h.N and ours; c_attn fuses query, key and value
     "attn.c_attn": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
@@ -27,18 +35,6 @@ CONV1D_LAYERS = {  # Hugging Face's Conv1D layers in h.N and ours; c_attn fuses 
 }
 NORMS = {"ln_1": ("attention_norm",), "ln_2": ("feed_forward_norm",)}
 MASK_BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias")  # in the published gpt2
-WEIGHT_PATTERNS = ("*.safetensors", "*.bin")  # config.json and an index may give any name
-TOKENIZER_PATTERNS = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
-COPIED_PATTERNS = (  # saved with a model as they are
-    *TOKENIZER_PATTERNS,
-    "tokenizer_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "generation_config.json",
-)
-MODEL_PATTERNS = ("config.json", *COPIED_PATTERNS, *WEIGHT_PATTERNS)
 # config.json: the values that this GPT-2 implements, the first being transformers' default
 SUPPORTED = {
     "model_type": ("gpt2",),
@@ -51,68 +47,69 @@ SUPPORTED = {
 }
 
 
-@contextlib.contextmanager
-def quiet_transformers(failure, give_reason=False):
-    """Silence transformers within the block; its errors become an InputError, `failure`."""
-    from transformers.utils import logging  # slow to import
+class StrictGPT2(transformers.GPT2LMHeadModel):
+    """Reports every unexpected tensor; transformers hides more than mask buffers."""
 
-    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:  # many types; some messages advise to load a pickle without checks
-        reason = textwrap.shorten(str(error), 200) if give_reason else type(error).__name__
-        raise InputError(f"{failure} ({reason})") from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if has_bars:
-            logging.enable_progress_bar()
+    def post_init(self) -> None:
+        super().post_init()
+        self._keys_to_ignore_on_load_unexpected = set()
 
 
-def matching_files(folder, patterns):
-    """The names of the folder's files that match one of the patterns."""
-    paths = [path for pattern in patterns for path in folder.glob(pattern)]
-    return sorted({path.name for path in paths if path.is_file()})
+class Loaded(NamedTuple):
+    """The contents of a model folder."""
+
+    name: str  # a size name or path, relative if it is inside of the project
+    config: GPT2Config
+    state: dict[str, Tensor]  # in float32, with our names
+    tokenizer: Any
+    settings: tuple[Any, Any]  # transformers' configuration and generation configuration
 
 
-def find_model(model):
+def load(model: str | Path) -> Loaded:
+    """Load a size name or folder; raises InputError for a model that cannot be used."""
+    folder = find_model(model)
+    config = read_config(folder)
+    with input_errors(f"{folder}: the tokenizer cannot be read"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    if len(tokenizer) < 2:  # what transformers makes of a folder without a tokenizer
+        raise InputError(f"{folder} has no tokenizer: expected tokenizer.json, or vocab.json")
+    if config.eos_token_id is None and tokenizer.eos_token_id in range(config.vocab_size):
+        config = dataclasses.replace(config, eos_token_id=tokenizer.eos_token_id)
+    theirs = read_weights(folder)
+    settings = theirs.config, theirs.generation_config
+    tensors = theirs.transformer.state_dict()
+    del theirs  # so that each tensor is freed once it is converted
+    name, path = str(model), folder.resolve()
+    if path.is_relative_to(ROOT):
+        name = path.relative_to(ROOT).as_posix()
+    elif folder == Path(model):
+        name = str(path)
+    return Loaded(name, config, from_hugging_face(tensors, config), tokenizer, settings)
+
+
+def find_model(model: str | Path) -> Path:
     """The local folder of a size name or path. Models of the hub come from its cache or download.
 
     Raises InputError if there is no such model.
     """
     if str(model) == "tiny":
         return BUNDLED_MODEL
-    name = str(model).removeprefix(HUB_ORGANIZATION)
-    folder = Path(model)
-    if os.path.isfile(folder / "adapter_config.json"):
-        raise InputError(f"{model} is a LoRA adapter, not a model: name its base model here")
-    if os.path.isfile(folder / "config.json"):
+    folder, name = Path(model), str(model).removeprefix(HUB_ORGANIZATION)
+    if (folder / "config.json").is_file():
         return folder
-    if name not in PRESETS:
-        sizes = ", ".join(PRESETS)
-        raise InputError(f"{model} is neither one of {sizes} nor a folder that holds a config.json")
-    return find_on_hub(name)
-
-
-def find_on_hub(name):
-    """The cached snapshot of a GPT-2 of the hub, which is downloaded if necessary."""
-    from huggingface_hub import model_info, snapshot_download  # slow to import
-
-    needed = (["config.json"], WEIGHT_PATTERNS, TOKENIZER_PATTERNS)
-    repository = HUB_ORGANIZATION + name
-    for cached in (name, repository):
+    if name not in SIZES:
+        sizes = ", ".join(("tiny", *SIZES))
+        raise InputError(f"{model} is neither one of {sizes} nor a folder with a config.json")
+    for cached in (name, HUB_ORGANIZATION + name):
         with contextlib.suppress(Exception):  # not in the cache
             folder = Path(snapshot_download(cached, local_files_only=True))
-            if all(matching_files(folder, patterns) for patterns in needed):
+            if list(folder.glob("*model.*")) and list(folder.glob("*vocab.json")):
                 return folder
+    files = ["*.json", "model.safetensors", "merges.txt"]
     try:
         # A failing download retries for minutes. One request tells whether the hub can be reached.
-        model_info(repository, timeout=10)
-        files = ["config.json", "model.safetensors", *COPIED_PATTERNS]
-        return Path(snapshot_download(repository, allow_patterns=files))
+        model_info(HUB_ORGANIZATION + name, timeout=10)
+        return Path(snapshot_download(HUB_ORGANIZATION + name, allow_patterns=files))
     except Exception as error:  # the errors of the hub client, its HTTP library and the system
         raise InputError(
             f"{name} is not in the local cache and cannot be downloaded ({type(error).__name__}). "
@@ -120,52 +117,42 @@ def find_on_hub(name):
         ) from error
 
 
-def read_config(folder):
-    """The configuration and the raw contents of config.json.
+@contextlib.contextmanager
+def input_errors(failure: str) -> Iterator[None]:
+    """Turn the errors of transformers, which have many types, into an InputError."""
+    try:
+        yield
+    except (MemoryError, InputError):
+        raise
+    except Exception as error:
+        reason = textwrap.shorten(str(error), 120)
+        raise InputError(f"{failure} ({type(error).__name__}: {reason})") from error
 
-    Raises InputError for settings that this GPT-2 does not implement. If `eos_token_id` is a list,
-    its first token is used; null or out of the vocabulary counts as not set.
-    """
-    import transformers  # slow to import
 
+def read_config(folder: Path) -> GPT2Config:
+    """The configuration of a folder; raises InputError for settings that are not implemented."""
     path = folder / "config.json"
-    with quiet_transformers(f"{path} is not the configuration of a GPT-2", give_reason=True):
-        raw = read_json(path)
-        theirs = transformers.GPT2Config.from_dict(raw)
-        eos = theirs.eos_token_id
-        if isinstance(eos, list):
-            eos = eos[0] if eos else None
-        theirs.eos_token_id = eos if eos in range(theirs.vocab_size) else None
-        names = [entry.name for entry in dataclasses.fields(GPT2Config)]
-        config = GPT2Config(**{name: getattr(theirs, name) for name in names})
-    supported = SUPPORTED | {"n_inner": (None, config.feed_forward_width)}
-    for name, values in supported.items():
+    with input_errors(f"{path} is not the configuration of a GPT-2"):
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        theirs = transformers.GPT2Config.from_dict(raw).to_dict()
+        settings = {entry.name: theirs[entry.name] for entry in dataclasses.fields(GPT2Config)}
+        tokens = settings["eos_token_id"]
+        if isinstance(tokens, list):
+            tokens = tokens[0] if tokens else None
+        settings["eos_token_id"] = tokens if tokens in range(settings["vocab_size"]) else None
+        config = GPT2Config(**settings)
+    for name, values in (SUPPORTED | {"n_inner": (None, 4 * config.n_embd)}).items():
         value = raw.get(name, values[0])
         if value not in values:
             raise InputError(
                 f"{path} sets {name} to {value!r}; this GPT-2 implements {values[-1]!r}"
             )
-    return config, raw
+    return config
 
 
-def load_weights(folder, config):
-    """The weights of a folder, read by transformers, as our state dict in float32.
-
-    Raises InputError for files that cannot be read, missing, unexpected or misshapen tensors, an
-    output head that differs from the embedding, and weights that are not finite.
-    """
-    from transformers import GPT2LMHeadModel  # slow to import
-
-    class StrictGPT2(GPT2LMHeadModel):
-        def post_init(self):
-            super().post_init()
-            self._keys_to_ignore_on_load_unexpected = set()  # they hide more than mask buffers
-
-    files = (
-        ", ".join(matching_files(folder, WEIGHT_PATTERNS)[:3])
-        or "no weights, such as model.safetensors"
-    )
-    with quiet_transformers(f"{folder} ({files}): the weights cannot be read; copy them again"):
+def read_weights(folder: Path) -> StrictGPT2:
+    """transformers' model of a folder, in float32; raises InputError, naming wrong tensors."""
+    with input_errors(f"{folder}: the weights cannot be read; copy them again"):
         model, info = StrictGPT2.from_pretrained(
             folder,
             dtype=torch.float32,
@@ -173,35 +160,34 @@ def load_weights(folder, config):
             output_loading_info=True,
             local_files_only=True,
         )
-    for name, found, expected in sorted(info["mismatched_keys"]):
-        raise InputError(
-            f"{folder}: {name} has shape {tuple(found)}; config.json requires {tuple(expected)}"
-        )
+    problems = [
+        f"{name} has the shape {tuple(found)}, config.json requires {tuple(expected)}"
+        for name, found, expected in sorted(info["mismatched_keys"])
+    ]
+    problems += [f"{name} is missing" for name in sorted(info["missing_keys"])]
     unexpected = [name for name in info["unexpected_keys"] if not MASK_BUFFER.fullmatch(name)]
-    for problem, names in (("lack", info["missing_keys"]), ("have an unknown", unexpected)):
-        if names:
-            raise InputError(f"{folder}: the weights {problem} {', '.join(sorted(names)[:4])}")
-    if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
-        raise InputError(f"{folder}: lm_head.weight differs from wte.weight; the head must be tied")
-    tensors = model.transformer.state_dict()
-    del model  # so that each tensor is freed once it is converted
-    return from_hugging_face(tensors, config, folder)
+    problems += [f"{name} is unknown" for name in sorted(unexpected)]
+    state = model.state_dict()
+    problems += [f"{name} is not finite" for name in state if not state[name].isfinite().all()]
+    if not torch.equal(state["lm_head.weight"], state["transformer.wte.weight"]):
+        problems.append("lm_head.weight differs from wte.weight, but the head must be tied")
+    if problems:
+        raise InputError(f"{folder}: {'; '.join(problems[:3])}; copy the weights again")
+    return model
 
 
-def from_hugging_face(tensors, config, folder):
-    """Convert a GPT2Model's tensors to our state dict; raises InputError if one is not finite."""
+def from_hugging_face(tensors: dict[str, Tensor], config: GPT2Config) -> dict[str, Tensor]:
+    """Our state dict of a GPT2Model's tensors: Conv1D holds (in, out), nn.Linear (out, in)."""
     state = {}
     for theirs, ours in tensor_names(config.n_layer).items():
         tensor = tensors.pop(theirs)
-        if not tensor.isfinite().all():
-            raise InputError(f"{folder}: {theirs} is not finite; train or download the model again")
-        parts = split_conv1d(tensor, len(ours)) if ".c_" in theirs else [tensor]
+        parts = [part.t() for part in tensor.chunk(len(ours), -1)] if ".c_" in theirs else [tensor]
         for name, part in zip(ours, parts, strict=True):
             state[name] = part.clone(memory_format=torch.contiguous_format)
     return state
 
 
-def tensor_names(n_layer):
+def tensor_names(n_layer: int) -> dict[str, tuple[str, ...]]:
     """For each tensor name of Hugging Face's GPT2Model, the names of ours that it holds."""
     names = {
         "wte.weight": ("token_embedding.weight",),
@@ -216,56 +202,28 @@ def tensor_names(n_layer):
     return names
 
 
-def split_conv1d(tensor, parts):
-    """A Conv1D weight (in, parts * out) or bias as weights (out, in) or biases of nn.Linear."""
-    return [part.t() for part in tensor.chunk(parts, dim=-1)]  # t() leaves a bias as it is
-
-
-def join_conv1d(tensors):
-    """The inverse of split_conv1d."""
-    return torch.cat([part.t() for part in tensors], dim=-1)
-
-
-def load_tokenizer(folder):
-    """The transformers tokenizer of a model folder.
-
-    Raises InputError if it has none: AutoTokenizer would silently return an empty one.
-    """
-    from transformers import AutoTokenizer  # slow to import
-
-    if folder is None or not matching_files(folder, TOKENIZER_PATTERNS):
-        expected = "tokenizer.json, or vocab.json and merges.txt"
-        raise InputError(f"{folder} has no tokenizer: expected {expected}")
-    with quiet_transformers(f"{folder}: the tokenizer cannot be read; copy its files again"):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
-def save_model(gpt, folder, dtype):
-    """Write a GPT2Model as a folder that GPT2LMHeadModel and AutoTokenizer read.
-
-    config.json and the files of the tokenizer and of generation stay as they were loaded.
-    """
-    settings = {"model_type": "gpt2", **(gpt.raw_config or dataclasses.asdict(gpt.config))}
-    for name in ("torch_dtype", "transformers_weights"):  # older name of dtype; other file name
-        settings.pop(name, None)
-    settings["architectures"] = ["GPT2LMHeadModel"]
-    settings["dtype"] = str(dtype).removeprefix("torch.")
-    write_json(folder / "config.json", settings)
-    state = gpt.state_dict()
-    tensors = {}
+def save(gpt: Any, folder: Path) -> None:
+    """Write a GPT2Model as a folder that GPT2LMHeadModel and AutoTokenizer read."""
+    state, tensors = gpt.state_dict(), {}
+    if any(".lora_a." in name for name in state):
+        raise InputError("the model has LoRA adapters: call merge_lora, or use save_adapter")
     for theirs, ours in tensor_names(gpt.config.n_layer).items():
-        parts = [state[name].to("cpu", dtype) for name in ours]
-        tensor = join_conv1d(parts) if ".c_" in theirs else parts[0]
-        tensors[f"transformer.{theirs}"] = tensor.contiguous()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    for name in gpt.copied_files:
-        with contextlib.suppress(shutil.SameFileError):
-            shutil.copyfile(gpt.folder / name, folder / name)
-
-
-def portable_name(model, folder):
-    """How others load this model: the hub's name, or the path, relative if in the repository."""
-    if str(model) != "tiny" and folder != Path(model):
-        return str(model)
-    folder = folder.resolve()
-    return folder.relative_to(ROOT).as_posix() if folder.is_relative_to(ROOT) else str(folder)
+        parts = [state[name].cpu() for name in ours]
+        fused = torch.cat([part.t() for part in parts], -1) if ".c_" in theirs else parts[0]
+        tensors[theirs] = fused.contiguous()
+    if gpt.settings is None:  # of a model that was not loaded
+        end = gpt.config.eos_token_id
+        config = transformers.GPT2Config(**dataclasses.asdict(gpt.config), bos_token_id=end)
+        generation_config = transformers.GenerationConfig(eos_token_id=end)
+    else:
+        config, generation_config = gpt.settings
+    with torch.device("meta"):
+        model = transformers.GPT2LMHeadModel(config)
+        model.generation_config = generation_config
+        model.transformer.load_state_dict(tensors, assign=True)
+        model.tie_weights()
+        model.save_pretrained(folder)
+    if gpt.tokenizer is not None:
+        gpt.tokenizer.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):  # safetensors makes files that only the owner reads
+        shutil.copymode(folder / "config.json", path)

@@ -1,17 +1,18 @@
 """GPT-2 as a classifier of pairs: do two texts mean the same?"""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-from adapters import load_adapter, save_adapter
 from config import InputError
 from lora import lora_layers
+from models.adapters import load_model, save_adapter
 from models.gpt2 import GPT2Model
 from pooling import POOLINGS
 
@@ -24,12 +25,20 @@ class ParaphraseGPT(nn.Module):
 
     `joint` encoding reads both texts in one prompt. `separate` encodes each text alone and
     classifies [v1; v2; |v1 - v2|; v1 * v2] (Chen et al. 2018). Other keywords go to the pooling.
+    Swapping the two texts may change the answer.
     """
 
-    def __init__(self, gpt, pooling="last", pair_encoding="joint", **settings):
+    def __init__(
+        self,
+        gpt: GPT2Model,
+        pooling: str = "last",
+        pair_encoding: str = "joint",
+        **settings: float,
+    ) -> None:
         super().__init__()
-        if pair_encoding not in ("joint", "separate"):
-            raise ValueError(f"pair_encoding is {pair_encoding!r}; expected joint or separate")
+        if pooling not in POOLINGS or pair_encoding not in ("joint", "separate"):
+            known = f"{', '.join(POOLINGS)}; joint or separate"
+            raise InputError(f"pooling {pooling}, pair_encoding {pair_encoding}: expected {known}")
         self.settings = {"pooling": pooling, "pair_encoding": pair_encoding, **settings}
         self.separate = pair_encoding == "separate"
         self.gpt = gpt
@@ -39,30 +48,42 @@ class ParaphraseGPT(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, input_ids, attention_mask, right_padded=False):
-        """Logits (B, 2) of no and yes; ids and mask are (B, T) joint or (B, 2, T) separate.
-
-        `right_padded` is as in GPT2Model.
-        """
-        return self.classify(*self.encode(input_ids, attention_mask, right_padded))
-
-    def loss(self, input_ids, attention_mask, labels, right_padded=False):
-        """Mean cross-entropy in nats per pair, plus the penalty of the pooling; labels (B,)."""
-        hidden, mask = self.encode(input_ids, attention_mask, right_padded)
-        logits = self.classify(hidden, mask)
-        return F.cross_entropy(logits, labels) + self.pooling.penalty(hidden, mask)
-
-    def encode(self, input_ids, attention_mask, right_padded=False):
-        """Hidden states (texts, T, C) and mask (texts, T) of all texts."""
-        if input_ids.ndim != 2 + self.separate:
-            shape = tuple(input_ids.shape)
-            raise ValueError(f"input_ids is {shape}; expected (B, T) joint or (B, 2, T) separate")
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits (B, 2) of no and yes; ids and mask are (B, T) joint or (B, 2, T) separate."""
         mask = attention_mask.flatten(0, -2)
-        output = self.gpt(input_ids.flatten(0, -2), mask, right_padded=right_padded)
-        return output["last_hidden_state"], mask
+        return self.classify(self.hidden_states(input_ids, mask), mask)
 
-    def classify(self, hidden, mask):
-        """Logits (B, 2) in float32 for the output of `encode`."""
+    def loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy in nats per pair, plus the penalty of the pooling; labels (B,).
+
+        Padding must be on the right, so that GPT-2 needs no mask.
+        """
+        mask = attention_mask.flatten(0, -2)
+        with torch.set_grad_enabled(not self.is_frozen()):
+            hidden = self.hidden_states(input_ids)
+        penalty = self.pooling.penalty(hidden, mask)
+        return F.cross_entropy(self.classify(hidden, mask), labels) + penalty
+
+    def is_frozen(self) -> bool:
+        """Whether only pooling and head are trained."""
+        return not any(parameter.requires_grad for parameter in self.gpt.parameters())
+
+    def train(self, mode: bool = True) -> "ParaphraseGPT":
+        """Set the training mode; a frozen GPT-2 stays in evaluation mode, without dropout."""
+        super().train(mode)
+        self.gpt.train(mode and not self.is_frozen())
+        return self
+
+    def hidden_states(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Hidden states (texts, T, C) of all texts, for a mask (texts, T) or right padding."""
+        expected = 3 if self.separate else 2
+        if input_ids.ndim != expected:
+            shape = tuple(input_ids.shape)
+            raise InputError(f"input_ids is {shape}; expected (B, T) joint or (B, 2, T) separate")
+        return self.gpt(input_ids.flatten(0, -2), mask)["last_hidden_state"]
+
+    def classify(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Logits (B, 2) in float32 for the hidden states of all texts."""
         pooled = self.pooling(hidden, mask).float()
         if self.separate:
             first, second = pooled[0::2], pooled[1::2]
@@ -70,52 +91,49 @@ class ParaphraseGPT(nn.Module):
         with torch.autocast(pooled.device.type, enabled=False):
             return self.head(pooled)
 
-    def token_weights(self, input_ids, attention_mask):
+    def token_weights(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
         """The weights of a learned pooling in the shape of the ids; None for other poolings."""
-        weights = self.pooling.token_weights(*self.encode(input_ids, attention_mask))
+        mask = attention_mask.flatten(0, -2)
+        weights = self.pooling.token_weights(self.hidden_states(input_ids, mask), mask)
         return None if weights is None else weights.view(input_ids.shape)
 
-    def vocab_logits(self, logits):
+    def vocab_logits(self, logits: Tensor) -> Tensor:
         """The two logits (B, 2) at the tokens "no" and "yes" of (B, V); the others are -1e9.
 
         Raises InputError if the tokenizer has no such tokens.
         """
         vocabulary = self.gpt.tokenizer.get_vocab()
-        for answer in ANSWERS:
-            if answer not in vocabulary:
-                raise InputError(f"the tokenizer of {self.gpt.folder} has no token {answer}")
+        if not set(ANSWERS) <= vocabulary.keys():
+            raise InputError(f"the tokenizer of {self.gpt.name} has no tokens for {ANSWERS}")
         logits = logits.float()  # float16 has no -1e9
         wide = logits.new_full((len(logits), self.gpt.config.vocab_size), -1e9)
         wide[:, [vocabulary[answer] for answer in ANSWERS]] = logits
         return wide
 
-    def head_modules(self):
+    def head_modules(self) -> nn.ModuleDict:
         """The modules outside of the GPT-2."""
         return nn.ModuleDict({"pooling": self.pooling, "head": self.head})
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write the GPT-2 or its LoRA adapter, and pooling and head as head.safetensors."""
         if lora_layers(self.gpt):
             save_adapter(self.gpt, folder)
         else:
             self.gpt.save_pretrained(folder)
-        metadata = {"settings": json.dumps(self.settings)}
-        save_file(self.head_modules().state_dict(), Path(folder) / HEAD_FILE, metadata=metadata)
+        path, metadata = Path(folder) / HEAD_FILE, {"settings": json.dumps(self.settings)}
+        save_file(self.head_modules().state_dict(), path, metadata=metadata)
+        shutil.copymode(next(path.parent.glob("*.json")), path)  # see models/hugging_face.py
 
     @classmethod
-    def from_pretrained(cls, folder, base="tiny"):
-        """Load what save_pretrained wrote; `base` is the model that an adapter was trained on.
+    def from_pretrained(cls, folder: str | Path) -> "ParaphraseGPT":
+        """Load what save_pretrained wrote; an adapter names its base model.
 
         Raises InputError if the folder is not a saved ParaphraseGPT.
         """
-        folder = Path(folder)
-        path = folder / HEAD_FILE
+        path = Path(folder) / HEAD_FILE
         if not path.is_file():
             raise InputError(f"{path} not found; name the best/ folder of a paraphrase run")
-        if (folder / "adapter_config.json").is_file():
-            gpt = load_adapter(GPT2Model.from_pretrained(base), folder)
-        else:
-            gpt = GPT2Model.from_pretrained(folder)
+        gpt = load_model(folder)
         try:
             with safe_open(path, "pt") as file:
                 settings = json.loads(file.metadata()["settings"])

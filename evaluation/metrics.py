@@ -1,0 +1,105 @@
+"""Metrics of language models and of classifiers of pairs."""
+
+import math
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from datasets import PairsDataset, SonnetsDataset, split
+from models.paraphrase_gpt import ParaphraseGPT
+from models.sonnet_gpt import SonnetGPT
+
+BATCH_SIZE = 32
+
+
+@torch.no_grad()
+def language_model_metrics(
+    model: SonnetGPT, dataset: SonnetsDataset
+) -> tuple[dict[str, float], pd.DataFrame]:
+    """`loss` (nats per token), `perplexity` and `bits_per_character`, and the losses of the texts.
+
+    Bits per character divide the same loss by characters, so that tokenizers are comparable. The
+    frame has the `loss` per token of each text and its number of `tokens`.
+    """
+    device = next(model.parameters()).device
+    losses = []
+    model.eval()
+    for index in tqdm(
+        range(len(dataset.lengths)), "evaluating", delay=2, leave=False, disable=None
+    ):
+        batch = dataset.collate([index])  # a single text needs no padding
+        losses.append(model.loss(**{name: tensor.to(device) for name, tensor in batch.items()}))
+    texts = pd.DataFrame({"id": dataset.ids, "loss": torch.stack(losses).tolist()})
+    texts["tokens"] = dataset.lengths
+    total = (texts["loss"] * texts["tokens"]).sum()
+    loss = total / texts["tokens"].sum()
+    metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
+    return metrics | {"bits_per_character": total / math.log(2) / dataset.characters}, texts
+
+
+@torch.no_grad()
+def classify(model: ParaphraseGPT, dataset: PairsDataset) -> Tensor:
+    """Logits (N, 2) in the order of the pairs, float32 on the CPU.
+
+    Raises FloatingPointError if one is not finite.
+    """
+    device = next(model.parameters()).device
+    order = sorted(range(len(dataset.ids)), key=dataset.lengths.__getitem__)  # little padding
+    logits = torch.zeros(len(order), 2)
+    model.eval()
+    batches = split(order, BATCH_SIZE)
+    for indices in tqdm(batches, "evaluating", delay=2, leave=False, disable=None):
+        batch = dataset.collate(indices)
+        ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+        logits[indices] = model(ids, mask).float().cpu()
+    if not logits.isfinite().all():
+        raise FloatingPointError("the logits are not finite; train or download the model again")
+    return logits
+
+
+def classification_metrics(predicted: Tensor, labels: Tensor) -> dict[str, float]:
+    """`accuracy`, `macro_f1` and the counts of the confusion matrix for classes 0 and 1.
+
+    `accuracy_margin` is half of the accuracy's 95 % interval (normal approximation).
+    """
+    counts = torch.bincount(2 * labels + predicted, minlength=4).tolist()
+    true_no, false_yes, false_no, true_yes = counts
+    errors = false_yes + false_no
+    f1 = [correct / max(1, correct + errors / 2) for correct in (true_no, true_yes)]
+    cells = [f"{gold}_predicted_{answer}" for gold in ("no", "yes") for answer in ("no", "yes")]
+    accuracy = (true_no + true_yes) / len(labels)
+    return {
+        "accuracy": accuracy,
+        "accuracy_margin": 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(labels)),
+        "majority_class": max(true_no + false_yes, false_no + true_yes) / len(labels),
+        "macro_f1": sum(f1) / 2,
+        **dict(zip(cells, counts, strict=True)),
+    }
+
+
+def pair_metrics(logits: Tensor, dataset: PairsDataset) -> tuple[dict[str, float], pd.DataFrame]:
+    """`loss` (nats per pair) and the classification_metrics, and the results of the pairs.
+
+    The frame has `id`, `loss`, `predicted`, `probability` (of yes) and `label` of each pair.
+    """
+    losses, predicted = F.cross_entropy(logits, dataset.labels, reduction="none"), logits.argmax(1)
+    pairs = pd.DataFrame({"id": dataset.ids, "loss": losses, "predicted": predicted})
+    pairs["probability"] = logits.softmax(1)[:, 1]
+    metrics = {"loss": losses.mean().item(), **classification_metrics(predicted, dataset.labels)}
+    return metrics, pairs.assign(label=dataset.labels)
+
+
+def metrics_table(metrics: dict[str, float]) -> str:
+    """One row per metric and one column per split and source, for the screen."""
+    table: dict[str, dict[str, str]] = {}
+    for name, value in metrics.items():
+        for split_name in ("train", "dev", "test"):
+            source, found, metric = name.partition(f"{split_name}_")
+            if found:
+                shown = f"{value:.3f}" if isinstance(value, float) else str(value)
+                column = f"{source}{split_name}".replace("_", " ")
+                table.setdefault(column, {})[metric] = shown
+    return pd.DataFrame(table).to_string(na_rep="")

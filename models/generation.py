@@ -1,0 +1,132 @@
+"""Sampling: batches of prompts are continued token by token with a key-value cache."""
+
+import re
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import trange
+
+from config import InputError, SamplingConfig
+from models.gpt2 import GPT2Model
+from modules.attention import KVCache
+
+CANDIDATES = 1024  # a nucleus is nearly always within the most probable tokens
+
+
+class Continuation(NamedTuple):
+    """A prompt with its continuation, and whether it ended by itself instead of at a limit."""
+
+    text: str
+    ended: bool
+
+
+def continue_batch(
+    gpt: GPT2Model, prompts: list[str], sampling: SamplingConfig, seeds: list[int]
+) -> list[Continuation]:
+    """Continue prompts as one batch; the seed of each determines its random numbers.
+
+    Raises InputError for a prompt that is empty or leaves no position, and FloatingPointError for
+    logits that are not finite.
+    """
+    device, limit = gpt.token_embedding.weight.device, gpt.config.n_positions
+    ids = [torch.tensor(row, dtype=torch.long) for row in gpt.encode(prompts)]
+    for row, prompt in zip(ids, prompts, strict=True):
+        if not 1 <= len(row) < limit:
+            shown = prompt[:40]
+            raise InputError(f"the prompt {shown!r} has {len(row)} tokens; 1 to {limit - 1} fit")
+    texts = [Text(prompt, sampling.max_lines) for prompt in prompts]
+    limits = [min(sampling.max_new_tokens or limit, limit - len(row)) for row in ids]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    # Padded on the left, so that all sequences end at the same position.
+    tokens = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left").to(device)
+    mask, tokens = tokens >= 0, tokens.clamp(min=0)
+    seen = torch.zeros(len(ids), gpt.config.vocab_size, dtype=torch.bool, device=device)
+    seen.scatter_(1, tokens, mask)
+    cache = KVCache(gpt.config, len(ids), tokens.shape[1] + max(limits))
+    for step in trange(max(limits), desc="generating", unit="token", leave=False, disable=None):
+        running = [not t.ended and step < n for t, n in zip(texts, limits, strict=True)]
+        if not any(running):
+            break
+        hidden = gpt(tokens, mask, cache)["last_token"]
+        with torch.autocast(device.type, enabled=False):  # bfloat16 logits have many ties
+            logits = gpt.hidden_state_to_token(hidden.float()).float()
+        logits = penalize(logits, seen, sampling.repetition_penalty)
+        uniform = torch.cat([torch.rand(1, 1, generator=g) for g in generators]).to(device)
+        tokens = sample(logits, uniform, sampling)[:, None]
+        seen.scatter_(1, tokens, True)
+        # A finished text stays in the batch as padding, which nothing attends to.
+        mask = torch.cat([mask, torch.tensor(running, device=device)[:, None]], 1)
+        for text, token, runs in zip(texts, tokens[:, 0].tolist(), running, strict=True):
+            if runs:
+                text.append(token, gpt)
+    return [Continuation(text.decode(gpt), text.ended) for text in texts]
+
+
+class Text:
+    """A prompt and its new tokens; `ended` after the end-of-text token or the last line."""
+
+    def __init__(self, prompt: str, max_lines: int) -> None:
+        self.prompt, self.max_lines = prompt, max_lines
+        self.tokens: list[int] = []
+        self.ended = self.has_all_lines(prompt)
+
+    def append(self, token: int, gpt: GPT2Model) -> None:
+        """Add a token, or end the text."""
+        if token == gpt.end_of_text:
+            self.ended = True
+            return
+        self.tokens.append(token)
+        if "\n" in gpt.decode([token]):
+            self.ended = self.has_all_lines(self.prompt + gpt.decode(self.tokens))
+
+    def has_all_lines(self, text: str) -> bool:
+        """Whether `max_lines` lines that are not empty have ended (0: no limit)."""
+        return 0 < self.max_lines <= len(re.findall(r"\S.*\n", text))
+
+    def decode(self, gpt: GPT2Model) -> str:
+        """The text up to the end of its `max_lines`th line, but at least the prompt."""
+        text = self.prompt + gpt.decode(self.tokens)
+        return max(self.prompt, first_lines(text, self.max_lines), key=len)
+
+
+def first_lines(text: str, count: int) -> str:
+    """The text up to the end of its `count`th line that is not empty (0: the whole text)."""
+    ends = [line.end() for line in re.finditer(r"\S.*", text)]
+    return text[: ends[count - 1]] if 0 < count <= len(ends) else text
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits (B, V) with those of seen tokens reduced (Keskar et al. 2019, arXiv 1909.05858)."""
+    if penalty == 1:
+        return logits
+    reduced = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, reduced, logits)
+
+
+def sample(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Next tokens (B,) for logits (B, V) and uniform random numbers (B, 1) in [0, 1).
+
+    Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751) from the `top_k` most probable tokens
+    (0: all): of these, the fewest whose probability reaches `top_p` are kept. Temperature 0 is
+    greedy. Raises FloatingPointError for logits that are not finite.
+    """
+    if not logits.isfinite().all():
+        raise FloatingPointError("the logits are not finite; train or download the model again")
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits - logits.amax(-1, keepdim=True)  # at most 0, so no temperature overflows
+    probabilities = (logits / max(sampling.temperature, 1e-30)).softmax(-1)
+    vocabulary = logits.shape[-1]
+    count = min(sampling.top_k or CANDIDATES, vocabulary)
+    likely, tokens = probabilities.topk(count)  # sorted; sorting all takes several times as long
+    if not sampling.top_k and (likely.sum(-1) < sampling.top_p).any():
+        likely, tokens = probabilities.sort(descending=True)
+    if sampling.top_k:
+        likely = likely / likely.sum(-1, keepdim=True)
+    preceding = likely.cumsum(-1) - likely
+    cdf = (likely * (preceding < sampling.top_p)).cumsum(-1)
+    drawn = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True)
+    kept = (preceding < sampling.top_p).sum(-1, keepdim=True)
+    return tokens.gather(-1, drawn.minimum(kept - 1)).squeeze(1)
