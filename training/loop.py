@@ -100,9 +100,8 @@ class Trainer:
             tqdm.write(self.end_epoch())
         bar.close()
         if len(progress.epochs) < config.epochs:
-            print(
-                f"stopped early: {config.patience} epochs without a better {self.task.metric.replace('_', ' ')}"
-            )
+            metric = self.task.metric.replace("_", " ")
+            print(f"stopped early: {config.patience} epochs without a better {metric}")
         distributed.shutdown()
         return progress.epochs
 
