@@ -40,8 +40,8 @@ def drift(text, starts):
     """
 
     def score(shift):
-        before = [text[max(start - shift - 4, 0) : start - shift].rstrip() for start in starts]
-        return sum(part.endswith(tuple(".,;:?!)\"'")) for part in before)
+        before = [text[max(start - shift - 4, 0) : max(start - shift, 0)] for start in starts]
+        return sum(part.rstrip().endswith(tuple(".,;:?!)\"'")) for part in before)
 
     best = max(range(8), key=score)
     return best if score(best) > score(0) + len(starts) // 4 else 0

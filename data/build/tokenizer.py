@@ -47,22 +47,22 @@ def training_texts():
     yield from ["yes\nno\n"] * 3000
 
 
-def train(texts, vocabulary=VOCABULARY):
+def train(texts):
     """A byte-level BPE tokenizer; ValueError if it is smaller, or an answer is several tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        vocab_size=VOCABULARY,
         min_frequency=2,
         special_tokens=[END],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    if tokenizer.get_vocab_size() != vocabulary:
-        raise ValueError(f"trained {tokenizer.get_vocab_size()} tokens instead of {vocabulary}")
+    if tokenizer.get_vocab_size() != VOCABULARY:
+        raise ValueError(f"trained {tokenizer.get_vocab_size()} tokens instead of {VOCABULARY}")
     for answer in ANSWERS:
         if len(tokenizer.encode(answer)) != 1:
             raise ValueError(f"{answer!r} is {tokenizer.encode(answer).tokens}, not one token")
