@@ -15,7 +15,7 @@ from itertools import pairwise
 import modern
 import numpy as np
 import pandas as pd
-from bibles import BOOKS, HELD_OUT_BOOKS, TRANSLATIONS, book_of, read_translation
+from bibles import HELD_OUT_BOOKS, TRANSLATIONS, book_of, read_translation
 from packages import CACHE, fetch, members, write_text
 from plain_text import grams, pack, plain, words
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -35,28 +35,40 @@ SCENE = re.compile(
 )
 
 
+def split_books(name):
+    """A translation's verses in two dictionaries: of the other books and of the held-out books."""
+    kept, held_out = {}, {}
+    for verse, text in read_translation(name).items():
+        verses = held_out if book_of(verse) in HELD_OUT_BOOKS else kept
+        verses[verse] = text
+    return kept, held_out
+
+
+def jaccard(first, second):
+    """The Jaccard similarity of the sets of words of two texts."""
+    first, second = set(words(first)), set(words(second))
+    return len(first & second) / len(first | second)
+
+
 def near_duplicates(name):
     """The verses outside the held-out books of a translation that repeat a held-out verse.
 
     The TF-IDF cosine of words and word pairs is at least 0.45, or it is at least 0.4 and the
     Jaccard similarity of the sets of words is at least 0.45.
     """
-    verses = read_translation(name)
-    kept = [verse for verse in verses if book_of(verse) not in HELD_OUT_BOOKS]
-    held_out = [verse for verse in verses if book_of(verse) in HELD_OUT_BOOKS]
+    kept, held_out = split_books(name)
+    verses, texts, targets = list(kept), list(kept.values()), list(held_out.values())
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, dtype=np.float32)
-    vectorizer.fit(verses.values())
-    target = vectorizer.transform(verses[verse] for verse in held_out).T.tocsc()
+    vectorizer.fit(texts + targets)
+    vectors, target_vectors = vectorizer.transform(texts), vectorizer.transform(targets)
     found = set()
-    for start in range(0, len(kept), 2000):  # all cosines at once would take gigabytes
-        batch = kept[start : start + 2000]
-        cosines = (vectorizer.transform(verses[verse] for verse in batch) @ target).tocoo()
+    for start in range(0, len(texts), 2000):  # all cosines at once would take gigabytes
+        cosines = (vectors[start : start + 2000] @ target_vectors.T).tocoo()
         for row, column, cosine in zip(cosines.row, cosines.col, cosines.data, strict=True):
             if cosine >= 0.4:
-                ours, theirs = set(words(verses[batch[row]])), set(words(verses[held_out[column]]))
-                jaccard = len(ours & theirs) / len(ours | theirs)
-                if cosine >= NEAR_COSINE or jaccard >= NEAR_JACCARD:
-                    found.add(batch[row])
+                similarity = jaccard(texts[start + row], targets[column])
+                if cosine >= NEAR_COSINE or similarity >= NEAR_JACCARD:
+                    found.add(verses[start + row])
     return found
 
 
@@ -70,11 +82,11 @@ def dropped_verses():
     return dropped
 
 
-def chapters(name, books, dropped=frozenset()):
-    """A translation's chapters of the books, one line per verse, without verse numbers."""
+def chapters(name, verses, dropped=frozenset()):
+    """Documents of a translation's chapters, one line per verse, without verse numbers."""
     lines = defaultdict(list)
-    for verse, text in read_translation(name).items():
-        if book_of(verse) in books and verse not in dropped:
+    for verse, text in verses.items():
+        if verse not in dropped:
             lines[verse // 1000].append(text)
     return [{"source": name, "text": "\n".join(chapter)} for chapter in lines.values()]
 
@@ -111,14 +123,15 @@ def without_copies(documents, banned):
     """
     clean = []
     for document in documents:
-        if grams(document["text"], GRAM) & banned:
-            lines = document["text"].split("\n")
-            copies = [line for line in lines if grams(line, GRAM) & banned]
+        text = document["text"]
+        if grams(text, GRAM) & banned:
+            copies = [line for line in text.split("\n") if grams(line, GRAM) & banned]
             print(f"  dropped from {document['source']}: {[line[:110] for line in copies]}")
-            text = "\n".join(line for line in lines if line not in copies)
-            document = document | {"text": text}
-        if document["text"].strip() and not grams(document["text"], GRAM) & banned:
-            clean.append(document)
+            text = "\n".join(line for line in text.split("\n") if line not in copies)
+            if grams(text, GRAM) & banned:
+                continue
+        if text.strip():
+            clean.append(document | {"text": text})
     return clean
 
 
@@ -140,18 +153,17 @@ def write_documents(name, documents):
 def main():
     dropped = dropped_verses()
     print(f"{len(dropped)} verses dropped from all translations")
-    kept_books = set(range(1, BOOKS + 1)) - HELD_OUT_BOOKS
-    bible, held_out_verses, held_out_bible = [], [], []
+    bible, held_out_bible, held_out_texts = [], [], []
     for name in TRANSLATIONS:
-        bible += chapters(name, kept_books, dropped)
-        verses = read_translation(name)
-        held_out_verses += [verses[verse] for verse in verses if book_of(verse) in HELD_OUT_BOOKS]
-    for name in HELD_OUT_TRANSLATIONS:
-        held_out_bible += chapters(name, HELD_OUT_BOOKS)
+        kept, held_out = split_books(name)
+        bible += chapters(name, kept, dropped)
+        held_out_texts += held_out.values()
+        if name in HELD_OUT_TRANSLATIONS:
+            held_out_bible += chapters(name, held_out)
 
     print(f"lines with {GRAM} successive words of a sonnet or (not Bibles) of a held-out verse:")
     sonnets = all_grams(read_sonnets().values())
-    banned = sonnets | all_grams(held_out_verses)
+    banned = sonnets | all_grams(held_out_texts)
     prose = without_copies(modern.documents(), banned)
     write_documents("shakespeare", without_copies(scenes(), banned))
     write_documents("bible", without_copies(bible, sonnets))

@@ -21,7 +21,7 @@ INLINE = (
 
 
 def gloss_line(names, gloss):
-    """ "word, word: definition; example", with four words at most, without credited quotations."""
+    """A line "word, word: definition; example", without credited quotations."""
     names = [re.sub(r"\(.*?\)$", "", name).replace("_", " ") for name in names[:4]]
     definition = gloss.partition('"')[0].strip(" ;")
     quoted = re.findall(r'"([^"]*)"(\s*[-\u2014])?', gloss)

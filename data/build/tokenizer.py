@@ -6,12 +6,11 @@ A GPT-2 tokenizer (byte-level BPE, its pre-tokenizer) with 8,192 tokens, of whic
 are single ones.
 """
 
-import io
 import json
 
 import numpy as np
 from corpus import CORPUS, GROUPS, HELD_OUT_GROUPS
-from packages import DATA, write_bytes, write_text
+from packages import DATA, write_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 FOLDER = DATA / "tiny-gpt2"
@@ -75,9 +74,7 @@ def write_tokens(tokenizer, name):
     order = np.random.default_rng(0).permutation(len(documents))
     encodings = tokenizer.encode_batch_fast([documents[index] + END for index in order])
     tokens = np.concatenate([np.array(encoding.ids, dtype=np.uint16) for encoding in encodings])
-    content = io.BytesIO()
-    np.save(content, tokens)
-    write_bytes(CORPUS / f"{name}.npy", content.getvalue())
+    np.save(CORPUS / f"{name}.npy", tokens)
     rate = sum(map(len, documents)) / len(tokens)
     counts = f"{len(documents):7,} documents {len(tokens):11,} tokens"
     print(f"{name:15} {counts} {rate:.3f} characters per token")
