@@ -1,255 +1,185 @@
 """Write data/quora-{train,dev,test-student}.csv, in the course's format, from GLUE's archive.
 
-    python data/download_quora.py      # --source FILE reads an archive that is already here
+    python data/download_quora.py              # 70, 10 and 20 % of all pairs, test without labels
+    python data/download_quora.py --small      # 14,000, 2,000 and 2,000 pairs, all with labels
 
-The file of a pair depends only on its two texts, so the same pair of texts is never in two files.
+The full split of a pair depends only on its two texts.
 """
 
 import argparse
-import contextlib
 import csv
 import hashlib
-import io
-import os
 import sys
 import urllib.request
-import zipfile
 import zlib
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
 from http.client import HTTPException
 from pathlib import Path
+from zipfile import BadZipFile, ZipFile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tqdm import tqdm
+import pandas as pd
 
-from cli import HelpFormatter, exit_cleanly
-from config import InputError
+from config import ROOT, InputError
 
 SOURCE = "https://dl.fbaipublicfiles.com/glue/data/QQP-clean.zip"
+ARCHIVE = ROOT / "data" / "cache" / "QQP-clean.zip"
 MEMBERS = ("QQP/train.tsv", "QQP/dev.tsv")  # GLUE's own test set has no labels
 HEADER = ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"]
-COLUMNS = ["", "id", "sentence1", "sentence2", "is_duplicate"]  # the first is an index
-SHARES = (("train", 0.7), ("dev", 0.1), ("test-student", 0.2))  # of the course's 404,298 pairs
-LABELS = {"0": "0.0", "1": "1.0"}
-MOST_LINES = 20  # of a record whose questions contain line breaks
-READ_ERRORS = (
-    zipfile.BadZipFile,
-    EOFError,
-    OSError,
-    RuntimeError,
-    zlib.error,
-)  # Runtime: encrypted
-SHOWN = 5  # line numbers that are printed per reason for dropping
+SMALL_TRAIN, SMALL_DEV, SMALL_TEST = 14_000, 2_000, 2_000
+SMALL_HELP = (
+    f"{SMALL_TRAIN:,} / {SMALL_DEV:,} / {SMALL_TEST:,} pairs, all with labels: the first of the "
+    "full train file, the first of the full dev file, and the last of the full train file as test"
+)
+WAY_OUT = "give GLUE's QQP archive as --source"
 LICENCE = (
     "The text is Quora's: for non-commercial use, under Quora's terms of service, not this "
     "repository's licence."
 )
 
 
-def blocks(url: str) -> Iterator[bytes]:
-    """Yield the contents of an address, with a progress bar.
+def download():
+    """The path of the archive in data/cache, where it is downloaded once.
 
     Raises InputError for an error or an incomplete download.
     """
-    way_out = "try again, or download the archive by other means and give the file as --source"
-    received = 0
+    if ARCHIVE.is_file():
+        print(f"using {ARCHIVE}; delete it to download it again")
+        return ARCHIVE
+    print(f"downloading {SOURCE}")
     try:
-        with urllib.request.urlopen(url, timeout=30) as response:
-            total = int(response.headers.get("Content-Length") or 0) or None
-            settings = {"unit": "B", "unit_scale": True, "disable": None, "leave": False}
-            with tqdm(total=total, desc="downloading", **settings) as bar:
-                while block := response.read(1 << 16):
-                    received += len(block)
-                    bar.update(len(block))
-                    yield block
-    except (OSError, HTTPException, ValueError) as error:
-        reason = str(error).strip("<>")
-        raise InputError(f"{url} cannot be downloaded ({reason}); {way_out}") from error
-    if total not in (None, received):
-        raise InputError(f"{url} ended after {received:,} of {total:,} bytes; {way_out}")
+        with urllib.request.urlopen(SOURCE, timeout=30) as response:
+            content = response.read()
+    except (OSError, HTTPException) as error:
+        raise InputError(
+            f"{SOURCE} cannot be downloaded ({error}); try again, or {WAY_OUT}"
+        ) from error
+    ARCHIVE.parent.mkdir(parents=True, exist_ok=True)
+    partial = ARCHIVE.with_suffix(".partial")
+    partial.write_bytes(content)
+    partial.replace(ARCHIVE)
+    return ARCHIVE
 
 
-@contextlib.contextmanager
-def atomic_files(paths: list[Path], mode: str, **settings):
-    """Yield an open file for each path; they replace all paths, or none after an error."""
-    temporaries = [path.with_name(f"{path.stem}.partial{path.suffix}") for path in paths]
-    with contextlib.ExitStack() as stack:
-        for path in temporaries:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stack.callback(path.unlink, missing_ok=True)
-        files = [stack.enter_context(open(path, mode, **settings)) for path in temporaries]
-        yield files
-        for file in files:
-            file.close()
-        for temporary, path in zip(temporaries, paths, strict=True):
-            os.replace(temporary, path)
-
-
-def locate(source: str, cache: Path) -> tuple[Path, str]:
-    """The archive's path and the way out if it is bad; an address is downloaded to `cache` once."""
-    if not source.lower().startswith(("http://", "https://")):
-        way_out = f"give GLUE's QQP archive as --source, or leave that out to download {SOURCE}"
-        return Path(source), way_out
-    digest = hashlib.sha256(source.encode()).hexdigest()  # one archive per address
-    path = cache / f"quora-{digest[:12]}.zip"
-    if path.is_file():
-        print(f"using {path}, downloaded before")
-    else:
-        with atomic_files([path], "wb") as (file,):
-            for block in blocks(source):
-                file.write(block)
-    return path, "delete it and run again to download it anew"
-
-
-def read_lines(archive: Path, way_out: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield each member's name and its lines below the header.
+def read_lines(archive):
+    """The lines of both members of the archive, without their headers.
 
     Raises InputError for any other kind of file.
     """
+    lines = []
     try:
-        with zipfile.ZipFile(archive) as file:
-            for name in sorted(set(MEMBERS) - set(file.namelist())):
-                raise InputError(f"{archive} contains no {name}; {way_out}")
+        with ZipFile(archive) as file:
             for name in MEMBERS:
-                with io.TextIOWrapper(file.open(name), encoding="utf-8-sig", newline="\n") as text:
-                    header, *lines = [line.rstrip("\r\n") for line in text] or [""]
+                text = file.read(name).decode("utf-8-sig").replace("\r\n", "\n")
+                header, *rest = text.removesuffix("\n").split("\n")
                 if header.split("\t") != HEADER:
-                    raise InputError(
-                        f"{archive}: {name} begins with {header[:80]!r}, not {HEADER}; {way_out}"
-                    )
-                yield name, lines
-    except UnicodeDecodeError as error:
-        raise InputError(f"{archive}: {name} is not UTF-8 ({error.reason}); {way_out}") from error
-    except READ_ERRORS as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        problem = f"cannot be read as a zip archive ({reason})"
-        raise InputError(f"{archive} {problem}; {way_out}") from error
+                    raise ValueError(f"{name} begins with {header[:80]!r}")
+                lines += rest
+    except (BadZipFile, zlib.error, EOFError, KeyError, OSError, RuntimeError, ValueError) as error:
+        advice = f"delete a damaged download, or {WAY_OUT}"
+        raise InputError(f"{archive} is not GLUE's QQP archive ({error}); {advice}") from error
+    return lines
 
 
-def parse(text: str) -> list[str] | None:
-    """The six fields of a record, as CSV or else with quotes as characters; None if not six."""
+def parse(line):
+    """The fields of a line: as CSV if that gives six, else with quotes as ordinary characters."""
     try:
-        fields = next(csv.reader([text], delimiter="\t", strict=True))
+        fields = next(csv.reader([line], delimiter="\t", strict=True))
     except csv.Error:
         fields = []
-    if len(fields) != len(HEADER) and "\n" not in text:
-        fields = text.split("\t")
-    return fields if len(fields) == len(HEADER) else None
+    return fields if len(fields) == len(HEADER) else line.split("\t")
 
 
-def parse_records(lines: list[str]) -> Iterator[tuple[int, list[str] | None]]:
-    """Yield the line number and fields of each record; None for a line that is not in a record.
+def pair_key(first, second):
+    """Two texts as one, which does not depend on their order, case and white space."""
+    return "\n".join(sorted(" ".join(text.casefold().split()) for text in (first, second)))
 
-    An open quote only affects its own record. A record continues in the following lines if they
-    complete it and are not records themselves.
+
+def split_of(key):
+    """The split of a pair by a hash of its texts, with the shares of the course.
+
+    These are 70 % train, 10 % dev and 20 % test.
     """
-    start = 0
-    while start < len(lines):
-        fields, end = parse(lines[start]), start + 1
-        while (
-            fields is None
-            and end < min(start + MOST_LINES, len(lines))
-            and parse(lines[end]) is None
-        ):
-            end += 1
-            fields = parse("\n".join(lines[start:end]))
-        yield start + 2, fields
-        start = end if fields else start + 1
+    fraction = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    if fraction < 0.7:
+        return "train"
+    if fraction < 0.8:
+        return "dev"
+    return "test-student"
 
 
-def clean(text: str) -> str:
-    """The text as one line: tabs and line breaks become spaces."""
-    return " ".join(text.replace("\t", " ").replace("\0", " ").splitlines()).strip()
+def to_pairs(lines):
+    """The pairs as a table with `id`, `sentence1`, `sentence2`, `is_duplicate` and `key`.
 
-
-def split_of(first: str, second: str) -> str:
-    """The file of a pair of texts, which does not depend on their order, case and white space."""
-    key = "\n".join(sorted(" ".join(text.casefold().split()) for text in (first, second)))
-    point = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
-    for name, share in SHARES[:-1]:
-        if point < share:
-            return name
-        point -= share
-    return SHARES[-1][0]
-
-
-def read_pairs(
-    members: Iterable[tuple[str, list[str]]], dropped: dict[str, list[str]]
-) -> Iterator[tuple]:
-    """Yield (id, question, question, label); `dropped` receives the places of other records."""
-    seen = set()
-    for name, lines in members:
-        for number, fields in parse_records(lines):
-            record = [clean(field) for field in fields or [""] * len(HEADER)]
-            identity, _, _, first, second, label = record
-            faults = {
-                "without six fields": fields is None,
-                "without an id": not identity,
-                "with an empty question": not (first and second),
-                "with a label other than 0 and 1": label not in LABELS,
-                "with the id of a record above": identity in seen,
-            }
-            fault = next((fault for fault, applies in faults.items() if applies), None)
-            if fault:
-                dropped[fault].append(f"{name}:{number}")
-                continue
-            seen.add(identity)
-            yield identity, first, second, label
-
-
-def write_splits(pairs: Iterable[tuple], paths: dict[str, Path]) -> dict[str, Counter]:
-    """Write the three files, all or none; returns each one's counts of labels.
-
-    Raises InputError if there is no pair.
+    Lines without six fields, an id, two questions and a label are left out. Of lines with the same
+    id or the same two texts, the first is kept.
     """
-    counts = {split: Counter() for split in paths}
-    with atomic_files(list(paths.values()), "w", encoding="utf-8", newline="") as files:
-        writers = {
-            split: csv.writer(file, delimiter="\t", lineterminator="\n")
-            for split, file in zip(paths, files, strict=True)
-        }
-        # Test pairs have no labels.
-        widths = {split: 4 if split == "test-student" else 5 for split in paths}
-        for split, writer in writers.items():
-            writer.writerow(COLUMNS[: widths[split]])
-        for identity, first, second, label in pairs:
-            split = split_of(first, second)
-            record = [counts[split].total(), identity, first, second, LABELS[label]]
-            writers[split].writerow(record[: widths[split]])
-            counts[split][label] += 1
-        if not any(counts.values()):
-            raise InputError("the archive contains no question pair; give another as --source")
-    return counts
+    records = [fields for fields in map(parse, lines) if len(fields) == len(HEADER)]
+    pairs = pd.DataFrame(records, columns=HEADER, dtype=str).drop(columns=["qid1", "qid2"])
+    pairs = pairs.set_axis(["id", "sentence1", "sentence2", "is_duplicate"], axis="columns")
+    pairs = pairs.replace(r"[\0\t\r]", " ", regex=True)
+    pairs = pairs.apply(lambda column: column.str.strip())
+    is_usable = pairs.ne("").all(axis="columns") & pairs["is_duplicate"].isin(["0", "1"])
+    pairs = pairs[is_usable].astype({"is_duplicate": float})
+    pairs["key"] = list(map(pair_key, pairs["sentence1"], pairs["sentence2"]))
+    return pairs.drop_duplicates("id").drop_duplicates("key")
 
 
-def main() -> None:
+def small_splits(train, dev):
+    """The three tables of --small, taken from the full train and dev tables."""
+    if len(train) < SMALL_TRAIN + SMALL_TEST or len(dev) < SMALL_DEV:
+        found = f"{len(train):,} pairs in train and {len(dev):,} in dev"
+        raise InputError(f"{found} are too few for --small; {WAY_OUT}")
+    return {
+        "train": train.head(SMALL_TRAIN),
+        "dev": dev.head(SMALL_DEV),
+        "test-student": train.tail(SMALL_TEST),
+    }
+
+
+def write(tables, folder):
+    """Write a file for each table; older files are only replaced after all are written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, table in tables.items():
+        partial = folder / f"quora-{split}.partial.csv"
+        table.reset_index(drop=True).to_csv(partial, sep="\t", lineterminator="\n")
+    for split, table in tables.items():
+        path = folder / f"quora-{split}.csv"
+        (folder / f"quora-{split}.partial.csv").replace(path)
+        labels = "no labels"
+        if "is_duplicate" in table:
+            labels = f"{table['is_duplicate'].mean():.1%} duplicates"
+        print(f"{path}: {len(table):,} pairs, {labels}")
+
+
+def main(argv=None):
     """Download, split and write; print what was written and what was dropped."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument(
-        "--source", default=SOURCE, help="GLUE's QQP archive: a file or an http(s) address"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    text = "folder of the three files; downloads go to cache/ in it (default: data/)"
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help=text)
-    options = parser.parse_args()
+    parser.add_argument("--source", type=Path, help="GLUE's QQP archive; default: download it")
+    parser.add_argument("--out", type=Path, default=ROOT / "data", help="folder (default: data/)")
+    parser.add_argument("--small", action="store_true", help=SMALL_HELP)
+    options = parser.parse_args(argv)
 
-    dropped = defaultdict(list)
-    paths = {split: options.out / f"quora-{split}.csv" for split, _ in SHARES}
-    archive, way_out = locate(options.source, options.out / "cache")
-    counts = write_splits(read_pairs(read_lines(archive, way_out), dropped), paths)
-    for split, path in paths.items():
-        total = counts[split].total()
-        share = f"{counts[split]['1'] / max(total, 1):.1%} duplicates"
-        labels = "no labels" if split == "test-student" else share
-        print(f"{path}: {total:,} pairs, {labels}")
-    print(f"dropped: {sum(map(len, dropped.values())):,} records")
-    for fault, places in dropped.items():
-        more = ", ..." if len(places) > SHOWN else ""
-        print(f"  {len(places):,} {fault}: {', '.join(places[:SHOWN])}{more}")
+    lines = read_lines(options.source or download())
+    pairs = to_pairs(lines)
+    if pairs.empty:
+        raise InputError(f"the archive contains no question pair; {WAY_OUT}")
+    splits = pairs.pop("key").map(split_of)
+    tables = {split: pairs[splits == split] for split in ("train", "dev", "test-student")}
+    if options.small:
+        tables = small_splits(tables["train"], tables["dev"])
+    else:
+        tables["test-student"] = tables["test-student"].drop(columns="is_duplicate")
+    write(tables, options.out)
+    print(f"left out: {len(lines) - len(pairs):,} lines that are not complete or repeat a pair")
     print(LICENCE)
 
 
 if __name__ == "__main__":
-    with exit_cleanly():
+    try:
         main()
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,54 +1,58 @@
-"""data/download_quora.py as a process: its files, its splits, and that errors change nothing."""
+"""data/download_quora.py: its files, its splits, and that a bad archive changes nothing."""
 
-import contextlib
 import csv
-import os
-import random
-import re
+import importlib.util
+import io
 import subprocess
 import sys
-import threading
+import urllib.error
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.client import IncompleteRead
 
 import pytest
 
-from config import ROOT
+from config import ROOT, InputError
 from datasets import read_pairs
 
+SCRIPT = ROOT / "data" / "download_quora.py"
 HEADER = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate"
 NAMES = ("quora-train.csv", "quora-dev.csv", "quora-test-student.csv")
 PLAIN = [
-    f"{n}\t{2 * n}\t{2 * n + 1}\tWhat is {n}?\tWhy is {n} so?\t{n % 2}" for n in range(1000, 1600)
+    f"{n}\t{2 * n}\t{2 * n + 1}\tWhat is {n}?\tWhy is {n} so?\t{n % 2}" for n in range(1000, 3000)
 ]
-TRICKY = [  # from line 2
+TRICKY = [
     '1\t1\t2\t"What does ""so"" mean?"\tWhat is "so"?\t1',
     '2\t3\t4\t"A\ttab?"\tÀ quoi ça sert, 你好?\t0\r',
     '3\t5\t6\t"Be" or not?\tAn open " quote?\t0',
-    '4\t7\t8\t"Two\nlines?"\tOne line?\t1',
-    "5\t9\t10\tNo label here?\tNone?",  # line 7: the record before has two lines
+    "8\t15\t16\tHow  are you?\tWho is it?\t1",
+    '11\t19\t20\t"Never closed?\tBut whole?\t0',
+]
+LEFT_OUT = [
+    "5\t9\t10\tNo label here?\tNone?",
     "6\t11\t12\t \tEmpty before?\t0",
     "7\t13\t14\tA third label?\tIs it?\t2",
-    "8\t15\t16\tHow  are you?\tWho is it?\t1",
-    "9\t15\t16\twho is it?\tHow are you?\t1",
-    "9\t15\t16\tAn id again?\tOnce more?\t1",
+    "9\t15\t16\twho is it?\tHow are you?\t1",  # the texts of 8
+    "1\t15\t16\tAn id again?\tOnce more?\t1",
     '10\t17\t18\t"Never closed?\tIs it?',
     "",
-    '11\t19\t20\t"Never closed?\tBut whole?\t0',
-    '12\t21\t22\tNo end?\t"Or is it in',
-    '13\t23\t24\tthe record below?\tIs it 5"\t0',
 ]
 EXPECTED = {
-    "1": ('What does "so" mean?', 'What is "so"?', "1.0"),
-    "2": ("A tab?", "À quoi ça sert, 你好?", "0.0"),
-    "3": ('"Be" or not?', 'An open " quote?', "0.0"),
-    "4": ("Two lines?", "One line?", "1.0"),
-    "8": ("How  are you?", "Who is it?", "1.0"),
-    "9": ("who is it?", "How are you?", "1.0"),
-    "11": ('"Never closed?', "But whole?", "0.0"),
-    "13": ("the record below?", 'Is it 5"', "0.0"),
-    **{str(n): (f"What is {n}?", f"Why is {n} so?", f"{n % 2}.0") for n in range(1000, 1600)},
+    "1": ('What does "so" mean?', 'What is "so"?', 1),
+    "2": ("A tab?", "À quoi ça sert, 你好?", 0),
+    "3": ('"Be" or not?', 'An open " quote?', 0),
+    "8": ("How  are you?", "Who is it?", 1),
+    "11": ('"Never closed?', "But whole?", 0),
+    **{str(n): (f"What is {n}?", f"Why is {n} so?", n % 2) for n in range(1000, 3000)},
 }
+
+
+@pytest.fixture
+def script():
+    """The script as a new module, so that tests can change its constants."""
+    spec = importlib.util.spec_from_file_location("download_quora", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def pack(path, train, dev, header=HEADER, encoding="utf-8"):
@@ -59,171 +63,92 @@ def pack(path, train, dev, header=HEADER, encoding="utf-8"):
     return path
 
 
-def run(source, out, *python):
-    """Run the script, in which warnings are errors; returns exit code, output and errors."""
-    command = [sys.executable, "-W", "error", *(python or ["data/download_quora.py"])]
-    done = subprocess.run(
-        [*command, "--source", str(source), "--out", str(out)],
-        cwd=ROOT,
-        env={**os.environ, "no_proxy": "127.0.0.1", "PYTHONUTF8": "1"},
-        capture_output=True,
-        timeout=60,
-        encoding="utf-8",
-        check=False,
-    )
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture
+def archive(tmp_path):
+    return pack(tmp_path / "QQP.zip", TRICKY + LEFT_OUT + PLAIN[:1500], PLAIN[1500:])
 
 
-def read(out):
-    """The records of each file."""
-    records = {}
-    for name in NAMES:
-        with open(out / name, encoding="utf-8", newline="") as file:
-            header, *records[name] = csv.reader(file, delimiter="\t", strict=True)
-        labels = [] if name == NAMES[2] else ["is_duplicate"]
-        assert header == ["", "id", "sentence1", "sentence2", *labels]
-        assert all(len(record) == len(header) for record in records[name])
-        indices = [str(index) for index in range(len(records[name]))]
-        assert [record[0] for record in records[name]] == indices
-    return records
+def read(folder):
+    """The pairs of each file, as the training script reads them."""
+    return [read_pairs(folder / name) for name in NAMES]
 
 
-def file_of_each_id(out):
-    """The name of the file that each id was written to."""
-    return {record[1]: name for name, records in read(out).items() for record in records}
+def test_every_usable_line_is_written_once(script, archive, tmp_path, capsys):
+    """Quotes, tabs and Unicode lose nothing, and the splits have the shares of the course."""
+    script.main(["--source", str(archive), "--out", str(tmp_path / "out")])
+    train, dev, test = read(tmp_path / "out")
+    sizes = [len(train), len(dev), len(test)]
+    assert sum(sizes) == len(EXPECTED)
+    assert [size / sum(sizes) for size in sizes] == pytest.approx([0.7, 0.1, 0.2], abs=0.03)
+    for pair in (pair for table in (train, dev, test) for pair in table.itertuples()):
+        assert (pair.sentence1, pair.sentence2) == EXPECTED[pair.id][:2]
+        assert pair.label == EXPECTED[pair.id][2] or pair.id in set(test["id"])
+    assert test["label"].isna().all()
+    assert f"left out: {len(LEFT_OUT)} lines" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(NAMES)
 
 
-def contents(folder):
-    """The bytes of all files, by relative path."""
-    paths = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+def test_the_columns_are_those_of_the_course(script, archive, tmp_path):
+    """Tab-separated, with an unnamed index from 0."""
+    script.main(["--source", str(archive), "--out", str(tmp_path)])
+    with open(tmp_path / NAMES[0], encoding="utf-8", newline="") as file:
+        header, *records = csv.reader(file, delimiter="\t", strict=True)
+    assert header == ["", "id", "sentence1", "sentence2", "is_duplicate"]
+    assert [record[0] for record in records] == [str(index) for index in range(len(records))]
+    assert {record[4] for record in records} == {"0.0", "1.0"}
 
 
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory):
-    path = tmp_path_factory.mktemp("archive") / "QQP.zip"
-    return pack(path, TRICKY + PLAIN[:400], PLAIN[400:])
+def test_the_split_depends_on_the_texts_alone(script, archive, tmp_path):
+    """Swapped texts, other ids and another order of the archive give the same files."""
+    swapped = [f"9{n}\t1\t2\twhy is {n} so? \tWHAT is {n}?\t0" for n in reversed(range(1000, 3000))]
+    other = pack(tmp_path / "other.zip", swapped[:7], swapped[7:])
+    script.main(["--source", str(archive), "--out", str(tmp_path / "a")])
+    script.main(["--source", str(other), "--out", str(tmp_path / "b")])
+    for ours, theirs in zip(read(tmp_path / "a"), read(tmp_path / "b"), strict=True):
+        assert {"9" + name for name in ours["id"] if int(name) >= 1000} == set(theirs["id"])
 
 
-@pytest.fixture(scope="module")
-def written(archive, tmp_path_factory):
-    """The folder with the three files, and what the script printed."""
-    out = tmp_path_factory.mktemp("written") / "data"
-    code, printed, err = run(archive, out)
-    assert (code, err) == (0, "")
-    return out, printed
+def test_small_files_have_labels_and_come_from_the_full_ones(
+    script, archive, tmp_path, monkeypatch
+):
+    """The first of train, the first of dev, and the last of train, without overlap."""
+    script.main(["--source", str(archive), "--out", str(tmp_path / "full")])
+    for name, size in (("SMALL_TRAIN", 700), ("SMALL_DEV", 100), ("SMALL_TEST", 200)):
+        monkeypatch.setattr(script, name, size)
+    script.main(["--source", str(archive), "--out", str(tmp_path), "--small"])
+    full_train, full_dev, _ = read(tmp_path / "full")
+    train, dev, test = read(tmp_path)
+    assert train["id"].tolist() == full_train["id"][:700].tolist()
+    assert dev["id"].tolist() == full_dev["id"][:100].tolist()
+    assert test["id"].tolist() == full_train["id"][-200:].tolist()
+    assert not any(table["label"].isna().any() for table in (train, dev, test))
 
 
-@contextlib.contextmanager
-def serving(*answers):
-    """Yield an address that answers (status, Content-Length, bytes) in turn, then 404."""
-    left = list(answers)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            status, length, body = left.pop(0) if left else (404, 0, b"")
-            self.send_response(status)
-            self.send_header("Content-Length", str(length))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/QQP.zip"
-        finally:
-            server.shutdown()
-            thread.join()
+def test_small_needs_enough_pairs(script, archive, tmp_path):
+    with pytest.raises(InputError, match=r"too few for --small; .*--source"):
+        script.main(["--source", str(archive), "--out", str(tmp_path), "--small"])
 
 
-def test_every_usable_record_is_written_once(written):
-    """Quotes, tabs, line breaks and Unicode lose nothing; the test file has no labels."""
-    out, _ = written
-    assert sorted(contents(out)) == sorted(NAMES)
-    assert not any(b"\r" in content for content in contents(out).values())
-    records = [record[1:] for records in read(out).values() for record in records]
-    assert sorted(record[0] for record in records) == sorted(EXPECTED)
-    for identity, *fields in records:
-        assert tuple(fields) == EXPECTED[identity][: len(fields)]
+def test_the_archive_is_downloaded_once(script, archive, tmp_path, monkeypatch):
+    """An interrupted download is an error and leaves nothing."""
+    answers = [IncompleteRead(b"PK", 5000), urllib.error.URLError("no route"), archive.read_bytes()]
 
+    class Response(io.BytesIO):
+        def read(self):
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
 
-@pytest.mark.parametrize("name", NAMES)
-def test_read_pairs_reads_the_same(written, name):
-    """The training script reads what csv reads."""
-    records = read(written[0])[name]
-    pairs = read_pairs(written[0] / name)
-    columns = [pairs[column] for column in ("id", "sentence1", "sentence2")]
-    assert list(zip(*columns, strict=True)) == [tuple(record[1:4]) for record in records]
-    assert pairs["label"].dropna().tolist() == [
-        float(record[4]) for record in records if record[4:]
-    ]
-
-
-def test_dropped_records_are_counted_and_named(written):
-    """Each reason has the lines of its records."""
-    out, printed = written
-    for line in (
-        "dropped: 7 ",
-        "4 without six fields: QQP/train.tsv:7, QQP/train.tsv:13, QQP/train.tsv:14, ",
-        "1 with an empty question: QQP/train.tsv:8",
-        "1 with a label other than 0 and 1: QQP/train.tsv:9",
-        "1 with the id of a ",
-        "Quora's terms",
-    ):
-        assert line in printed
-    assert re.search(r"with the id of .*: QQP/train.tsv:12\n", printed)
-    sizes = [int(size) for size in re.findall(r"(\d+) pairs", printed)]
-    assert sizes == [len(records) for records in read(out).values()]
-
-
-def test_the_split_depends_on_the_texts_alone(written, tmp_path):
-    """Repeated and swapped pairs are in the same file, whatever the order of the archive."""
-    numbers = range(1000, 1600)
-    swapped = [f"9{n}\t1\t2\twhy is {n} so? \tWHAT is {n}?\t{n % 2}" for n in numbers]
-    lines = PLAIN + TRICKY[7:9] + swapped
-    random.Random(0).shuffle(lines)
-    assert run(pack(tmp_path / "shuffled.zip", lines[:100], lines[100:]), tmp_path)[0] == 0
-    before, after = file_of_each_id(written[0]), file_of_each_id(tmp_path)
-    assert len(after) == 1202
-    assert after["8"] == after["9"] == before["8"]
-    assert all(after[f"9{n}"] == after[str(n)] == before[str(n)] for n in numbers)
-
-
-def test_the_splits_have_the_shares_of_the_course(tmp_path):
-    """70, 10 and 20 %."""
-    lines = [f"{n}\t1\t2\tq {n}\tr {n}\t0" for n in range(10_000)]
-    assert run(pack(tmp_path / "many.zip", lines, []), tmp_path)[0] == 0
-    shares = [len(records) / 10_000 for records in read(tmp_path).values()]
-    assert shares == pytest.approx([0.7, 0.1, 0.2], abs=0.015)
-
-
-def test_an_address_is_downloaded_once(archive, written, tmp_path):
-    """The second run uses the cache; both write the same files as with a local archive."""
-    body = archive.read_bytes()
-    with serving((200, len(body), body)) as address:
-        for attempt in range(2):
-            code, printed, errors = run(address, tmp_path)
-            assert (code, errors) == (0, "")
-            assert ("downloaded before" in printed) == (attempt == 1)
-            for name in NAMES:
-                assert (tmp_path / name).read_bytes() == (written[0] / name).read_bytes()
-
-
-def test_an_interrupted_download_leaves_nothing(archive, tmp_path):
-    """Fewer bytes than announced, then an error status, then the complete archive."""
-    body = archive.read_bytes()
-    answers = (200, len(body), body[:5000]), (503, 0, b""), (200, len(body), body)
-    with serving(*answers) as address:
-        for expected in ("5,000 of", "503"):
-            code, _, errors = run(address, tmp_path)
-            assert code == 2
-            assert re.fullmatch(rf"error: http:.*{expected}.*--source\n", errors)
-            assert contents(tmp_path) == {}
-        assert run(address, tmp_path)[0] == 0
+    monkeypatch.setattr(script, "ARCHIVE", tmp_path / "cache" / "QQP.zip")
+    monkeypatch.setattr(script.urllib.request, "urlopen", lambda *_, **__: Response())
+    for cause in ("5000 more", "no route"):
+        with pytest.raises(InputError, match=f"{cause}.*try again, or .*--source"):
+            script.main(["--out", str(tmp_path / "out")])
+        assert list(tmp_path.iterdir()) == [archive]
+    for _ in range(2):
+        script.main(["--out", str(tmp_path / "out")])
+    assert sum(map(len, read(tmp_path / "out"))) == len(EXPECTED)
 
 
 def truncated(path, archive):
@@ -231,12 +156,12 @@ def truncated(path, archive):
 
 
 def damaged(path, archive):
-    path.write_bytes(archive.read_bytes().replace(b"What is 1599?", b"What is 1598?"))
+    path.write_bytes(archive.read_bytes().replace(b"What is 2999?", b"What is 2998?"))
 
 
 def without_dev(path, archive):
-    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(path, "w") as new:
-        new.writestr("QQP/train.tsv", old.read("QQP/train.tsv"))
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("QQP/train.tsv", HEADER)
 
 
 BAD = {
@@ -245,53 +170,24 @@ BAD = {
     "damaged at its end": (damaged, "CRC"),
     "without dev": (without_dev, "QQP/dev.tsv"),
     "absent": (lambda *_: None, "No such file"),
-    "a folder": (lambda path, _: path.mkdir(), "source.zip"),
     "other columns": (lambda path, _: pack(path, [], [], "index\tquestion"), "index"),
     "no pairs": (lambda path, _: pack(path, [], []), "no question pair"),
-    "UTF-16": (lambda path, _: pack(path, PLAIN, PLAIN, encoding="utf-16"), "UTF-8"),
+    "UTF-16": (lambda path, _: pack(path, PLAIN, PLAIN, encoding="utf-16"), "utf-8"),
 }
 
 
 @pytest.mark.parametrize(("make", "cause"), BAD.values(), ids=BAD)
-def test_bad_archives_change_nothing(make, cause, archive, tmp_path):
-    """The error is one line and exit code 2; files of an earlier run stay, and no others appear."""
-    source, out = tmp_path / "source.zip", tmp_path / "out"
-    make(source, archive)
-    out.mkdir()
-    for name in NAMES:
-        (out / name).write_text("earlier", encoding="utf-8")
-    code, printed, errors = run(source, out)
-    assert (code, printed) == (2, "")
-    assert re.fullmatch(r"error: .*--source.*\n", errors)
-    assert cause in errors
-    assert contents(out) == dict.fromkeys(NAMES, b"earlier")
+def test_bad_archives_change_nothing(make, cause, script, archive, tmp_path):
+    """The error names the cause and the way out."""
+    make(tmp_path / "source.zip", archive)
+    with pytest.raises(InputError, match=f"{cause}.*--source"):
+        script.main(["--source", str(tmp_path / "source.zip"), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_downloaded_page_that_is_no_archive_is_named(tmp_path):
-    """The cache would be used again, so the message says to delete it."""
-    with serving((200, 6, b"<html>")) as address:
-        code, _, errors = run(address, tmp_path)
-    (page,) = contents(tmp_path)
-    assert code == 2
-    assert str(tmp_path / page) in errors
-    assert "delete it" in errors
-
-
-def test_an_address_without_a_server(tmp_path):
-    """The message names the address and the way out."""
-    with serving() as address:
-        pass
-    code, _, errors = run(address, tmp_path)
-    assert code == 2
-    assert re.fullmatch(rf"error: {address}.*--source\n", errors)
-    assert contents(tmp_path) == {}
-
-
-def test_neither_torch_nor_pandas_is_needed(archive, tmp_path):
-    """The script uses the standard library and tqdm."""
-    probe = (
-        "import runpy, sys; sys.modules |= dict.fromkeys(['torch', 'pandas', 'numpy']); "
-        "runpy.run_path('data/download_quora.py', run_name='__main__')"
-    )
-    code, _, errors = run(archive, tmp_path, "-c", probe)
-    assert (code, errors) == (0, "")
+def test_an_error_is_one_line_and_exit_code_2(tmp_path):
+    command = [sys.executable, SCRIPT, "--source", tmp_path / "none.zip", "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
