@@ -6,6 +6,7 @@ python paraphrase_detection.py --predict runs/.../best --pair "one text" "anothe
 """
 
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -15,16 +16,15 @@ from torch import Tensor
 from config import ROOT, InputError
 from datasets import PairsDataset, make_pairs, note_repeated_texts, read_pairs, read_text
 from evaluation.metrics import classification_metrics, classify, metrics_table, pair_metrics
-from evaluation.plots import draw_attention, draw_curves
+from evaluation.plots import draw_attention
 from models.adapters import load_model
 from models.paraphrase_gpt import ANSWERS, ParaphraseGPT
 from pooling import POOLINGS
-from speed.training import speed_up
 from training import distributed
 from training import options as opt
 from training.loop import Task, Trainer
 from training.runs import write_csv, write_text
-from training.setup import apply_method, check_outputs, finish_run, open_run, prepare
+from training.setup import Results, check_outputs, finish_run, open_run, prepare
 
 TINY_RATES = {"full": 5e-4, "lora": 2e-3}  # chosen on dev, see data/README.md
 DEFAULTS = {"epochs": 3, "batch_size": 16, "schedule": "linear", "warmup": 0.06}
@@ -37,7 +37,7 @@ DATASETS = {  # the files of train, dev and test
 }
 SPLITS = ("train", "dev", "test")
 PENALTIES = ("parameter_penalty", "attention_penalty", "vector_penalty")
-SHOWN_TOKENS = 5
+SHOWN_TOKENS, EXAMPLES = 5, 4  # tokens of --pair, and pairs in attention.png
 
 
 def parse_options(arguments: list[str] | None = None) -> Namespace:
@@ -70,28 +70,29 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     if options.pair_encoding is None:  # tiny hardly learns to compare texts within a prompt
         options.pair_encoding = "separate" if opt.is_tiny(options.model_size) else "joint"
     choose_files(options)
-    check_outputs(options, ("para_dev_out", "para_test_out"))
+    check_outputs(options, "para_dev_out", "para_test_out")
     return options
 
 
 def choose_files(options: Namespace) -> None:
     """Set the files that were not given; raises InputError if only some were."""
     values = vars(options)
-    names = [f"para_{split}" for split in (SPLITS[1:] if options.predict else SPLITS)]
-    missing = [name for name in names if values[name] is None]
-    if options.dataset is None and not options.score and 0 < len(missing) < len(names):
-        raise InputError(f"--{', --'.join(missing)} is missing too; or name a --dataset")
-    default = "quora" if options.preset == "report" else "verses"
-    options.dataset = options.dataset or default
+    missing = [split for split in SPLITS if values[f"para_{split}"] is None]
+    if options.predict or options.score:
+        missing = []
+    if options.dataset is None and 0 < len(missing) < len(SPLITS):
+        raise InputError(f"--para_{missing[0]} is missing too; or name a --dataset")
+    if options.dataset is None:
+        options.dataset = "quora" if options.preset == "report" else "verses"
     for split, file in zip(SPLITS, DATASETS[options.dataset], strict=True):
         values[f"para_{split}"] = values[f"para_{split}"] or str(ROOT / "data" / file)
 
 
 def main(options: Namespace) -> None:
-    config = opt.train_config(options, TINY_RATES)
     if options.score:
-        score(options)
+        print(metrics_table(score(options)))
         return
+    config = opt.train_config(options, TINY_RATES)
     hardware = opt.choose_hardware(options)
     torch.manual_seed(config.seed)
     if options.predict:
@@ -99,20 +100,18 @@ def main(options: Namespace) -> None:
         return
 
     # Data, model and method
-    pairs = {split: read_split(options, split) for split in SPLITS}
-    texts = {s: frame[["sentence1", "sentence2"]].values.tolist() for s, frame in pairs.items()}
-    note_repeated_texts(texts)
     settings = {name: vars(options)[name] for name in PENALTIES if vars(options)[name] is not None}
     gpt = load_model(options.model_size)
     model = ParaphraseGPT(gpt, options.pooling, options.pair_encoding, **settings)
-    apply_method(model, options)
-    model.to(hardware.device)
+    prepare(model, options, hardware)
+    pairs = {split: read_split(options, split) for split in SPLITS}
+    texts = {s: frame[["sentence1", "sentence2"]].values.tolist() for s, frame in pairs.items()}
+    note_repeated_texts(texts)
     datasets = {split: make_dataset(model, split, frame) for split, frame in pairs.items()}
     variant = (options.pooling, options.pair_encoding)
     run = open_run("paraphrases", variant, model, options, hardware)
 
     # Training
-    prepare(model, options)
     task = Task(
         dataset=datasets["train"],
         evaluate=lambda: evaluate(model, {"dev": datasets["dev"]}, hardware)[0],
@@ -125,31 +124,25 @@ def main(options: Namespace) -> None:
     if epochs:
         model = ParaphraseGPT.from_pretrained(run.best).to(hardware.device)
     metrics, logits, results = evaluate(model, datasets, hardware)
-    outputs = format_predictions(datasets, logits)
-    for name, text in outputs.items():
-        for path in (Path(vars(options)[name]), run.folder / "predictions" / f"{name}.csv"):
-            write_text(path, text)
-    write_csv(run.folder / "per_text.csv", join_texts(results, pairs))
+    weights = token_weights(
+        model, datasets["dev"], range(len(datasets["dev"].ids))[:EXAMPLES], hardware
+    )
     settings = {"dataset": options.dataset, **model.settings}
-    usage = f'`python paraphrase_detection.py --predict {run.best} --pair "one" "another"`'
-    finish_run(run, epochs, settings | metrics, usage)
-    if epochs:
-        draw_curves(run.folder, run.title)
-    weights = examples_of_weights(model, datasets["dev"], logits["dev"], hardware)
+    per_text = join_texts(results, pairs)
+    usage = f'python paraphrase_detection.py --predict {run.best} --pair "one text" "another"'
+    outputs = format_predictions(options, datasets, logits)
+    finish_run(run, epochs, Results(settings | metrics, per_text, outputs, usage))
     if weights is not None:
         write_csv(run.folder / "attention.csv", weights)
         title = f"token weights of {options.pooling} pooling"
         draw_attention(run.folder / "attention.png", weights, title)
-    print(f"\n{metrics_table(metrics)}\n\npredictions: {options.para_test_out}")
-    print(f"metrics, plots and best model: {run.folder}")
 
 
 def read_split(options: Namespace, split: str) -> pd.DataFrame:
     """The pairs of a split; raises InputError if train or dev pairs have no labels."""
     path = vars(options)[f"para_{split}"]
-    if not Path(path).exists():
-        advice = "check the path, or see data/README.md for the script that makes it"
-        raise InputError(f"{path} does not exist; {advice}")
+    if options.dataset == "quora" and not Path(path).exists():
+        raise InputError(f"{path} does not exist; python data/download_quora.py makes it")
     pairs = read_pairs(path)
     if split != "test" and pairs["label"].isna().all():
         raise InputError(f"{path} has no labels in is_duplicate; only test pairs may have none")
@@ -159,13 +152,13 @@ def read_split(options: Namespace, split: str) -> pd.DataFrame:
 def make_dataset(model: ParaphraseGPT, split: str, pairs: pd.DataFrame) -> PairsDataset:
     """The pairs as tokens; prints which are skipped or truncated."""
     dataset = PairsDataset(pairs, model.gpt, model.settings["pair_encoding"])
-    for problem, lines in (
-        ("skipped, because a text or the label is missing", dataset.skipped_lines),
-        ("truncated", dataset.truncated_lines),
-    ):
-        if lines:
-            shown = ", ".join(map(str, lines[:10]))
-            print(f"note: {len(lines)} {split} pairs are {problem} (first lines: {shown})")
+    lines = {"skipped (a text or the label is missing)": dataset.skipped_lines}
+    lines |= {"truncated": dataset.truncated_lines}
+    for problem, numbers in lines.items():
+        if numbers:
+            print(
+                f"note: {len(numbers)} {split} pairs are {problem}: lines {str(numbers[:9])[1:-1]}"
+            )
     return dataset
 
 
@@ -194,9 +187,9 @@ def join_texts(results: dict[str, pd.DataFrame], pairs: dict[str, pd.DataFrame])
 
 
 def format_predictions(
-    datasets: dict[str, PairsDataset], logits: dict[str, Tensor]
-) -> dict[str, str]:
-    """The course's format for dev and test: every id of the file and 1 for a paraphrase.
+    options: Namespace, datasets: dict[str, PairsDataset], logits: dict[str, Tensor]
+) -> dict[str, tuple[str, str]]:
+    """Path and text of dev and test predictions, in the course's format: every id and 0 or 1.
 
     A skipped pair gets the majority class of the dev pairs.
     """
@@ -206,94 +199,78 @@ def format_predictions(
         dataset = datasets[split]
         answers = dict(zip(dataset.ids, logits[split].argmax(1).tolist(), strict=True))
         lines = [f"{name}, {answers.get(name, majority)} \n" for name in dataset.all_ids]
-        outputs[f"para_{split}_out"] = "id \t Predicted_Is_Paraphrase \n" + "".join(lines)
+        text = "id \t Predicted_Is_Paraphrase \n" + "".join(lines)
+        outputs[f"para-{split}-output.csv"] = vars(options)[f"para_{split}_out"], text
     return outputs
 
 
-def score(options: Namespace) -> None:
-    """Print the metrics of a file of predictions, without a model."""
-    pairs = read_split(options, "dev").dropna(subset="label").set_index("id")["label"]
-    words = {"0": 0, "1": 1, "3919": 0, "8505": 1}  # the tokens of no and yes count, too
+def score(options: Namespace) -> dict[str, float]:
+    """The metrics of a file of predictions, without a model."""
+    labels = read_split(options, "dev").dropna(subset="label").set_index("id")["label"]
+    classes = {"0": 0, "1": 1, "3919": 0, "8505": 1}  # the tokens of no and yes count, too
     answers = {}
     for line in read_text(options.score).splitlines()[1:]:
         name, _, answer = (part.strip() for part in line.rpartition(","))
-        if answer not in words:
+        if answer not in classes:
             raise InputError(f"{options.score}: {line!r} is not an id, a comma, and 0 or 1")
-        answers[name] = words[answer]
-    missing = [name for name in pairs.index if name not in answers]
-    if missing:
+        answers[name] = classes[answer]
+    missing = labels.index.difference(answers)
+    if len(missing):
         raise InputError(f"{options.score} lacks {len(missing)} ids, among them {missing[0]}")
-    predicted = torch.tensor([answers[name] for name in pairs.index])
-    metrics = classification_metrics(predicted, torch.tensor(pairs.to_numpy(int)))
-    print(metrics_table({f"dev_{name}": value for name, value in metrics.items()}))
+    predicted = torch.tensor([answers[name] for name in labels.index])
+    metrics = classification_metrics(predicted, torch.tensor(labels.to_numpy(int)))
+    return {f"dev_{name}": value for name, value in metrics.items()}
 
 
 def predict_only(options: Namespace, hardware: opt.Hardware) -> None:
     """Classify --pair, or else dev and test pairs, with a saved model."""
     distributed.shutdown()  # one process is enough
     model = ParaphraseGPT.from_pretrained(options.predict).to(hardware.device)
-    if not options.plain:
-        speed_up(model.requires_grad_(False))
     if options.pair:
         answer_pairs(options.pair, model, hardware)
         return
     pairs = {split: read_split(options, split) for split in SPLITS[1:]}
     datasets = {split: make_dataset(model, split, frame) for split, frame in pairs.items()}
     metrics, logits, _ = evaluate(model, datasets, hardware)
-    for name, text in format_predictions(datasets, logits).items():
-        write_text(vars(options)[name], text)
-        print(f"predictions: {vars(options)[name]}")
+    for path, text in format_predictions(options, datasets, logits).values():
+        write_text(path, text)
+        print(f"predictions: {path}")
     print(metrics_table(metrics))
 
 
 def answer_pairs(pairs: list[list[str]], model: ParaphraseGPT, hardware: opt.Hardware) -> None:
     """Print whether the texts of each pair mean the same, and how a learned pooling weighs them."""
-    for texts in pairs:
-        if not all(text.strip() for text in texts):
-            raise InputError(f"--pair {texts} has an empty text; give two texts")
     dataset = PairsDataset(make_pairs(pairs), model.gpt, model.settings["pair_encoding"])
+    if dataset.skipped_lines:
+        raise InputError(f"--pair {pairs[dataset.skipped_lines[0]]} has an empty text; give two")
     probabilities = evaluate(model, {"pairs": dataset}, hardware)[1]["pairs"].softmax(1)
     for index, (probability, answer) in enumerate(zip(*probabilities.max(1), strict=True)):
         print(f"{ANSWERS[answer]} (probability {probability:.3f}): {' | '.join(pairs[index])}")
-        weights = token_weights(model, dataset, index, hardware)
+        weights = token_weights(model, dataset, [index], hardware)
         if weights is not None:
-            heaviest = weights.nlargest(SHOWN_TOKENS, "weight").itertuples(index=False)
-            shown = ", ".join(f"{token!r} {weight:.2f}" for token, weight in heaviest)
-            print(f"largest token weights (1 is the mean): {shown}")
+            heaviest = weights.nlargest(SHOWN_TOKENS, "weight")[["token", "weight"]]
+            shown = [f"{token!r} {weight:.2f}" for token, weight in heaviest.to_numpy()]
+            print(f"largest token weights (1 is the mean): {', '.join(shown)}")
 
 
 @torch.no_grad()
 def token_weights(
-    model: ParaphraseGPT, dataset: PairsDataset, index: int, hardware: opt.Hardware
+    model: ParaphraseGPT, dataset: PairsDataset, indices: Iterable[int], hardware: opt.Hardware
 ) -> pd.DataFrame | None:
-    """The tokens of a pair and their weights by a learned pooling, as multiples of the mean."""
-    batch = dataset.collate([index])
-    ids, mask = (batch[name].to(hardware.device) for name in ("input_ids", "attention_mask"))
-    with hardware.autocast():
-        weights = model.token_weights(ids, mask)
-    if weights is None:
-        return None
+    """`pair`, `token` and its `weight` by a learned pooling (1 is the mean); None without one."""
     records = []
-    for text, row in zip(dataset.texts[index], weights.flatten(0, -2).tolist(), strict=True):
-        for token, weight in zip(text.tolist(), row, strict=False):  # the rest is padding
-            records.append((model.gpt.tokenizer.decode([token]), weight * len(text)))
-    return pd.DataFrame(records, columns=["token", "weight"])
-
-
-def examples_of_weights(
-    model: ParaphraseGPT, dataset: PairsDataset, logits: Tensor, hardware: opt.Hardware
-) -> pd.DataFrame | None:
-    """The token weights of one dev pair per cell of the confusion matrix, if any are learned."""
-    cells = (2 * dataset.labels + logits.argmax(1)).tolist()
-    frames = []
-    for cell in sorted(set(cells)):
-        index = cells.index(cell)
-        weights = token_weights(model, dataset, index, hardware)
+    for index in indices:
+        batch = dataset.collate([index])
+        ids, mask = (batch[name].to(hardware.device) for name in ("input_ids", "attention_mask"))
+        with hardware.autocast():
+            weights = model.token_weights(ids, mask)
         if weights is None:
             return None
-        pair = f"{dataset.ids[index]}: label {ANSWERS[cell // 2]}, predicted {ANSWERS[cell % 2]}"
-        frames.append(weights.assign(pair=pair))
-    return pd.concat(frames)
+        for text, row in zip(dataset.texts[index], weights.flatten(0, -2).tolist(), strict=True):
+            for token, weight in zip(text.tolist(), row, strict=False):  # the rest is padding
+                word = model.gpt.tokenizer.decode([token])
+                records.append((dataset.ids[index], word, weight * len(text)))
+    return pd.DataFrame(records, columns=["pair", "token", "weight"])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from datasets import (
     sonnet_prompt,
 )
 from evaluation.metrics import language_model_metrics, metrics_table
-from evaluation.plots import draw_curves
 from evaluation.sonnet_form import sonnet_metrics
 from models.adapters import load_model, save_adapter
 from models.generation import Continuation, first_lines
@@ -33,8 +32,8 @@ from speed.decoding import speed_up_decoding
 from training import distributed
 from training import options as opt
 from training.loop import Task, Trainer
-from training.runs import write_csv, write_text
-from training.setup import apply_method, check_outputs, finish_run, open_run, prepare
+from training.runs import write_text
+from training.setup import Results, check_outputs, finish_run, open_run, prepare
 
 TINY_RATES = {"full": 1e-4, "lora": 1e-3}  # chosen on dev, see data/README.md
 REPORT = {"model_size": "gpt2", "epochs": 10, "batch_size": 8, "patience": 3, "temperature": 1.2}
@@ -58,15 +57,15 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     add("--num_samples", type=int, default=1, metavar="N", help="continuations of each --prompt")
     add("--score", metavar="FILE", help="no model: metrics of generated sonnets against test")
     options = opt.parse(parser, arguments, REPORT)
-    check_outputs(options, ("sonnet_out",))
+    check_outputs(options, "sonnet_out")
     return options
 
 
 def main(options: Namespace) -> None:
-    config = opt.train_config(options, TINY_RATES)
     if options.score:
-        score(options)
+        print(metrics_table(score(options)))
         return
+    config = opt.train_config(options, TINY_RATES)
     hardware = opt.choose_hardware(options)
     torch.manual_seed(config.seed)
     if options.generate:
@@ -77,15 +76,13 @@ def main(options: Namespace) -> None:
     sonnets = {split: read_sonnets(vars(options)[name]) for split, name in FILES.items()}
     note_repeated_texts({s: [[t] for t in frame["text"]] for s, frame in sonnets.items()})
     model = SonnetGPT(load_model(options.model_size))
-    apply_method(model, options)
-    model.to(hardware.device)
+    prepare(model, options, hardware)
     datasets = make_datasets(sonnets, model)
     held_out = {split: dataset for split, dataset in datasets.items() if split != "train"}
     run = open_run("sonnets", (), model, options, hardware)
 
     # Training
     base, _ = distributed.from_main(lambda: evaluate(model, held_out, hardware))
-    prepare(model, options)
     task = Task(
         dataset=datasets["train"],
         evaluate=lambda: evaluate(model, {"dev": datasets["dev"]}, hardware)[0],
@@ -99,25 +96,22 @@ def main(options: Namespace) -> None:
     metrics, losses = evaluate(model, held_out, hardware)
     metrics = {f"base_{name}": value for name, value in base.items()} | metrics
     texts = {}
-    for split in ("dev", "test"):
-        references = sonnets[split]["text"].tolist()
-        prompts = list(map(sonnet_prompt, references))
-        texts[split] = generate(model, prompts, vars(options) | {"max_lines": 0}, hardware)
+    for split, frame in sonnets.items():
+        if split != "train":
+            prompts = frame["text"].map(sonnet_prompt).tolist()
+            texts[split] = generate(model, prompts, vars(options) | {"max_lines": 0}, hardware)
         if split in held_out:
-            train = sonnets["train"]["text"].tolist()
-            metrics |= sonnet_metrics(split, texts[split], references, train)
+            metrics |= sonnet_metrics(split, texts[split], frame["text"], sonnets["train"]["text"])
     limited = [first_lines(text, options.max_lines) for text, _ in texts["test"]]
-    test_text = format_sonnets(sonnets["test"]["id"], limited)
-    dev_text = format_sonnets(sonnets["dev"]["id"], [text for text, _ in texts["dev"]])
-    for path in (Path(options.sonnet_out), run.folder / "predictions" / "generated_sonnets.txt"):
-        write_text(path, test_text)
-        write_text(path.with_name("generated_dev_sonnets.txt"), dev_text)
-    write_csv(run.folder / "per_text.csv", losses)
-    finish_run(run, epochs, metrics, f"`python sonnet_generation.py --generate {run.best}`")
-    if epochs:
-        draw_curves(run.folder, run.title, base["dev_loss"])
-    print(f"\n{preview(sonnets['test'], limited)}\n\n{metrics_table(metrics)}\n")
-    print(f"sonnets: {options.sonnet_out}\nmetrics, plots and best model: {run.folder}")
+    dev_text = format_sonnets(sonnets["dev"], [text for text, _ in texts["dev"]])
+    dev_path = Path(options.sonnet_out).with_name("generated_dev_sonnets.txt")
+    outputs = {
+        "generated_sonnets.txt": (options.sonnet_out, format_sonnets(sonnets["test"], limited)),
+        "generated_dev_sonnets.txt": (str(dev_path), dev_text),
+    }
+    print(f"\n{preview(sonnets['test'], limited)}")
+    usage = f'python sonnet_generation.py --generate {run.best} --prompt "Shall I"'
+    finish_run(run, epochs, Results(metrics, losses, outputs, usage))
 
 
 def make_datasets(sonnets: dict[str, pd.DataFrame], model: SonnetGPT) -> dict[str, SonnetsDataset]:
@@ -165,7 +159,7 @@ def generate_only(options: Namespace, hardware: opt.Hardware) -> None:
         sonnets = read_sonnets(options.held_out_sonnet_path)
         prompts = sonnets["text"].map(sonnet_prompt).tolist()
         texts = [text for text, _ in generate(model, prompts, vars(options), hardware)]
-        write_text(options.sonnet_out, format_sonnets(sonnets["id"], texts))
+        write_text(options.sonnet_out, format_sonnets(sonnets, texts))
         print(f"{preview(sonnets, texts)}\n\nall {len(texts)}: {options.sonnet_out}")
         return
     prompts = [read_prompt(text) for text in options.prompt for _ in range(options.num_samples)]
@@ -189,24 +183,23 @@ def read_prompt(text: str) -> str:
     return text
 
 
-def score(options: Namespace) -> None:
-    """Print the metrics of a file of generated sonnets, without a model."""
+def score(options: Namespace) -> dict[str, float]:
+    """The metrics of a file of generated sonnets, without a model."""
     gold = read_sonnets(options.held_out_sonnet_path).set_index("id")["text"]
     texts = read_sonnets(options.score).set_index("id")["text"]
-    missing = [str(number) for number in gold.index.difference(texts.index)]
-    if missing:
-        raise InputError(f"{options.score} lacks the sonnets {', '.join(missing)}; add them")
-    if gold.map(continuation).eq("").any():
-        path = options.held_out_sonnet_path
-        raise InputError(f"{path} has prompts only; name whole sonnets")
+    missing = gold.index.difference(texts.index).astype(str)
+    if len(missing) or gold.map(continuation).eq("").any():
+        problem = f"lacks the sonnets {', '.join(missing)}, or the other one has prompts only"
+        raise InputError(f"{options.score} {problem}; name complete files")
     continued = [Continuation(text, True) for text in texts[gold.index]]
-    train = read_sonnets(options.sonnet_path)["text"].tolist()
-    print(metrics_table(sonnet_metrics("test", continued, gold.tolist(), train)))
+    train = read_sonnets(options.sonnet_path)["text"]
+    return sonnet_metrics("test", continued, gold, train)
 
 
-def format_sonnets(ids: pd.Series, texts: list[str]) -> str:
+def format_sonnets(sonnets: pd.DataFrame, texts: list[str]) -> str:
     """The course's format: a header, then the number and text of each sonnet."""
-    blocks = [f"\n{number}\n\n{text}\n" for number, text in zip(ids, texts, strict=True)]
+    numbered = zip(sonnets["id"], texts, strict=True)
+    blocks = [f"\n{number}\n\n{text}\n" for number, text in numbered]
     return "--Generated Sonnets--\n\n" + "".join(blocks)
 
 

@@ -7,6 +7,7 @@ upper limit.
 
 import random
 import re
+from collections.abc import Iterable
 
 import numpy as np
 import pronouncing
@@ -20,7 +21,7 @@ RANDOM_SAMPLES = 20
 
 
 def sonnet_metrics(
-    split: str, texts: list[Continuation], references: list[str], train: list[str]
+    split: str, texts: list[Continuation], references: Iterable[str], train: Iterable[str]
 ) -> dict[str, float]:
     """chrF and form of texts that continue the references of a split, and of two baselines.
 
@@ -28,7 +29,7 @@ def sonnet_metrics(
     training sonnets (`random_`). `chrf` is of the lines after the prompt; `chrf_with_prompt` is the
     course's metric, in which the given lines count.
     """
-    generator = random.Random(0)
+    generator, references = random.Random(0), list(references)
     pool = [line for text in train for line in verse_lines(text)]
     baseline = []
     for text in references * RANDOM_SAMPLES:
@@ -56,7 +57,7 @@ def chrf(texts: list[str], references: list[str]) -> float:
     return CHRF().corpus_score(texts, [references]).score
 
 
-def sonnet_form(texts: list[str], train: list[str]) -> dict[str, float]:
+def sonnet_form(texts: list[str], train: Iterable[str]) -> dict[str, float]:
     """The mean number of lines, the shares of 14 lines and rhymes, and copied 5-grams.
 
     `rhymes` is the share of the scheme's pairs of lines that rhyme: one that lacks a line does not,

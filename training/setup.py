@@ -1,23 +1,26 @@
 """What both scripts do before and after training."""
 
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from torch import nn
 
 from config import InputError, LoRAConfig
+from evaluation.metrics import metrics_table
+from evaluation.plots import draw_curves
 from lora import apply_lora, backbone, lora_layers, merge_lora
 from models.adapters import base_sha256
-from modules.attention import DotProductAttention
 from speed.training import speed_up
 from training import distributed
 from training.loop import best_epoch
 from training.options import Hardware, from_options
-from training.runs import FILE_OPTIONS, Run, file_sha256, write_json, write_text
+from training.runs import FILE_OPTIONS, Run, file_sha256, write_csv, write_json, write_text
 
 
-def check_outputs(options: Namespace, names: tuple[str, ...]) -> None:
+def check_outputs(options: Namespace, *names: str) -> None:
     """Raise InputError for an output that cannot be written or would replace an input file."""
     values = vars(options)
     inputs = {Path(values[name]).resolve() for name in FILE_OPTIONS if values.get(name)}
@@ -30,37 +33,21 @@ def check_outputs(options: Namespace, names: tuple[str, ...]) -> None:
             )
 
 
-def open_run(
-    task: str, variant: tuple[str, ...], model: nn.Module, options: Namespace, hardware: Hardware
-) -> Run:
-    """Open the run's folder in the main process and print what will be trained."""
-    values = vars(options)
-    method = method_of(options)
-    name = [Path(options.model_size).name, *variant, method, f"seed{options.seed}"]
-    inputs = {
-        "task": task,
-        "data_sha256": {n: file_sha256(values[n]) for n in FILE_OPTIONS if values.get(n)},
-        "model_sha256": base_sha256(model),
-        "model_config": vars(backbone(model).config),
-        "dtype": str(hardware.dtype).removeprefix("torch."),
-        "device_type": hardware.device.type,
-        "processes": distributed.world_size(),
-    }
-    run = distributed.from_main(lambda: Run(task, "-".join(name), values, inputs))
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    run.summary = {"task": task, "model": options.model_size, "method": method}
-    run.summary |= {"seed": options.seed, "trainable_parameters": trainable}
-    run.summary |= {"total_parameters": total}
-    run.title = ", ".join([options.model_size, *variant, describe_method(options)])
-    print(
-        f"{task}: {run.title}\n"
-        f"{trainable:,} of {total:,} parameters are trained with learning rate {options.lr:g}\n"
-        f"precision {inputs['dtype']} on {hardware.device}"
-    )
-    if options.resume:
-        print(f"--resume: {run.folder}")
-    return run
+def prepare(model: nn.Module, options: Namespace, hardware: Hardware) -> None:
+    """Choose what is trained and how; an adapter that the GPT-2 has is trained further."""
+    gpt = backbone(model)
+    if not options.use_lora:
+        merge_lora(gpt).requires_grad_(method_of(options) == "full")
+    elif not lora_layers(gpt):
+        apply_lora(gpt, from_options(LoRAConfig, options, prefix="lora_"))
+    if options.dropout is not None:
+        set_dropout(gpt, options.dropout)
+    gpt.gradient_checkpointing = options.gradient_checkpointing
+    model.to(hardware.device)
+    if options.compile:  # in place, so that the names of parameters stay
+        gpt.compile(dynamic=True)
+    elif not options.plain:
+        speed_up(model)
 
 
 def method_of(options: Namespace) -> str:
@@ -70,77 +57,91 @@ def method_of(options: Namespace) -> str:
     return "frozen" if vars(options).get("freeze_gpt") else "full"
 
 
-def describe_method(options: Namespace) -> str:
-    """The method of training in words."""
-    if options.use_lora:
-        config = from_options(LoRAConfig, options, prefix="lora_")
-        return f"LoRA rank {config.rank} on {', '.join(config.targets)}"
-    return {"full": "full fine-tuning", "frozen": "frozen GPT-2"}[method_of(options)]
-
-
-def apply_method(model: nn.Module, options: Namespace) -> None:
-    """Choose the parameters of GPT-2 that are trained; an adapter of it is trained further."""
-    gpt = backbone(model)
-    if not options.use_lora:
-        merge_lora(gpt).requires_grad_(method_of(options) == "full")
-    elif not lora_layers(gpt):
-        apply_lora(gpt, from_options(LoRAConfig, options, prefix="lora_"))
-
-
-def prepare(model: nn.Module, options: Namespace) -> None:
-    """Apply the options that change how a model trains, and not what it computes."""
-    gpt = backbone(model)
-    if options.dropout is not None:
-        set_dropout(gpt, options.dropout)
-    gpt.gradient_checkpointing = options.gradient_checkpointing
-    if options.compile:  # in place, so that the names of parameters stay
-        gpt.compile(dynamic=True)
-    elif not options.plain:
-        speed_up(model)
-
-
 def set_dropout(gpt: nn.Module, p: float) -> None:
     """Set the three dropout rates of GPT-2; raises InputError unless 0 <= p < 1."""
     if not 0 <= p < 1:
         raise InputError(f"--dropout must be at least 0 and below 1, not {p}")
-    for part in gpt.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = p
-        if isinstance(part, DotProductAttention):
-            part.dropout = p
+    gpt.dropout.p = p
+    for layer in gpt.layers:
+        layer.dropout.p = layer.attention.attend.dropout = p
 
 
-def finish_run(run: Run, epochs: list[dict[str, Any]], metrics: dict[str, Any], usage: str) -> None:
-    """Write the README of the best model and summary.json; `usage` tells how to use the model."""
-    summary = run.summary | summarize(epochs) | metrics
-    if epochs:
-        options = run.config["options"]
-        names = ("epochs", "lr", "batch_size", "grad_accumulation", "schedule", "seed")
-        settings = ", ".join(f"{name} {options[name]}" for name in names)
-        rows = [f"| {name} | {value} |" for name, value in summary.items()]
-        table = "\n".join(["| metric | value |", "|---|---|", *rows])
-        text = f"# {run.title}\n\nThe best epoch of a run with {settings}.\n\n{usage}\n\n{table}\n"
-        write_text(run.best / "README.md", text)
+def open_run(
+    task: str, variant: tuple[str, ...], model: nn.Module, options: Namespace, hardware: Hardware
+) -> Run:
+    """Open the run's folder in the main process and print what will be trained."""
+    values, method = vars(options), method_of(options)
+    inputs = {
+        "task": task,
+        "data_sha256": {name: file_sha256(values[name]) for name in FILE_OPTIONS if name in values},
+        "model_sha256": base_sha256(model),
+        "model_config": vars(backbone(model).config),
+        "dtype": str(hardware.dtype).removeprefix("torch."),
+        "device_type": hardware.device.type,
+        "processes": distributed.world_size(),
+    }
+    name = "-".join([Path(options.model_size).name, *variant, method, f"seed{options.seed}"])
+    run = distributed.from_main(lambda: Run(task, name, values, inputs))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    run.summary = {"task": task, "model": options.model_size, "method": method}
+    run.summary |= {"seed": options.seed, "trainable_parameters": trainable}
+    run.summary |= {"total_parameters": total}
+    run.title = ", ".join([options.model_size, *variant, method])
+    print(
+        f"{task}: {run.title}\n{trainable:,} of {total:,} parameters are trained with learning "
+        f"rate {options.lr:g}\nprecision {inputs['dtype']} on {hardware.device}, in {run.folder}"
+    )
+    return run
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a script has found out with the best model."""
+
+    metrics: dict[str, Any]
+    per_text: pd.DataFrame  # results of single texts
+    outputs: dict[str, tuple[str, str]]  # name in predictions/ -> path of a copy, and the text
+    usage: str  # the command that uses the model
+
+
+def finish_run(run: Run, epochs: list[dict[str, Any]], results: Results) -> None:
+    """Write results, summary.json, plots and the README of the best model, and print metrics."""
+    summary = run.summary | summarize(epochs) | results.metrics
+    for name, (_, text) in results.outputs.items():
+        write_text(run.folder / "predictions" / name, text)
+    write_csv(run.folder / "per_text.csv", results.per_text)
     write_json(run.folder / "summary.json", summary)
+    for path, text in results.outputs.values():
+        write_text(path, text)
+    if epochs:
+        table = pd.Series(summary, name="value").rename_axis("metric").to_markdown()
+        title = f"# {run.title}\n\nThe best epoch of a run of this project."
+        write_text(run.best / "README.md", f"{title}\n\n    {results.usage}\n\n{table}\n")
+        draw_curves(run.folder, run.title, summary.get("base_dev_loss"))
+    paths = ", ".join(path for path, _ in results.outputs.values())
+    print(f"\n{metrics_table(results.metrics)}\n\npredictions: {paths}")
+    print(f"metrics, plots and best model: {run.folder}\n{results.usage}")
 
 
 def summarize(epochs: list[dict[str, Any]]) -> dict[str, Any]:
     """The training part of summary.json; times are of training without evaluation."""
     if not epochs:
         return {"epochs": 0, "best_epoch": 0, "peak_memory_gb": None}
-    metric = "dev_accuracy" if "dev_accuracy" in epochs[0] else "dev_loss"
-    best = best_epoch(epochs, metric)
-    seconds = sum(record["seconds"] for record in epochs)
-    tokens = sum(record["tokens_per_second"] * record["seconds"] for record in epochs)
+    table = pd.DataFrame(epochs)
+    metric = "dev_accuracy" if "dev_accuracy" in table else "dev_loss"
+    best, seconds = best_epoch(epochs, metric), table["seconds"].sum()
     return {
-        "epochs": len(epochs),
+        "epochs": len(table),
         "best_epoch": best,
-        "peak_memory_gb": max(record["peak_memory_gb"] or 0 for record in epochs) or None,
+        "peak_memory_gb": epochs[-1]["peak_memory_gb"],
         "first_train_loss": epochs[0]["train_loss"],
         "final_train_loss": epochs[-1]["train_loss"],
         "best_dev_loss": epochs[best - 1]["dev_loss"],
         "train_seconds": round(seconds, 3),
-        "seconds_per_epoch": round(seconds / len(epochs), 3),
-        "tokens_per_second": round(tokens / seconds, 1),
-        "skipped_steps": sum(record["skipped_steps"] for record in epochs),
+        "seconds_per_epoch": round(seconds / len(table), 3),
+        "tokens_per_second": round(
+            (table["tokens_per_second"] * table["seconds"]).sum() / seconds, 1
+        ),
+        "skipped_steps": int(table["skipped_steps"].sum()),
     }
