@@ -129,7 +129,7 @@ def main(options: Namespace) -> None:
     )
     settings = {"dataset": options.dataset, **model.settings}
     per_text = join_texts(results, pairs)
-    usage = f'python paraphrase_detection.py --predict {run.best} --pair "one text" "another"'
+    usage = f'python paraphrase_detection.py --predict {run.shown}/best --pair "one text" "another"'
     outputs = format_predictions(options, datasets, logits)
     finish_run(run, epochs, Results(settings | metrics, per_text, outputs, usage))
     if weights is not None:

@@ -110,7 +110,7 @@ def main(options: Namespace) -> None:
         "generated_dev_sonnets.txt": (str(dev_path), dev_text),
     }
     print(f"\n{preview(sonnets['test'], limited)}")
-    usage = f'python sonnet_generation.py --generate {run.best} --prompt "Shall I"'
+    usage = f'python sonnet_generation.py --generate {run.shown}/best --prompt "Shall I"'
     finish_run(run, epochs, Results(metrics, losses, outputs, usage))
 
 

@@ -43,7 +43,7 @@ from speed import training as parts
 from speed.decoding import speed_up_decoding
 from training.loop import peak_memory_gb
 from training.options import Hardware
-from training.runs import write_text
+from training.runs import write_csv, write_text
 
 SIZES = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20)}
 BATCH, NEW_TOKENS = 8, 128
@@ -311,7 +311,18 @@ def main():
     text = report(results, options.rounds)
     print(f"\n{text}")
     name = options.cases[0] if options.cases[0] in CASES else "some"
-    write_text(options.out or ROOT / "benchmarks" / "results" / f"speed-{name}.md", text + "\n")
+    out = options.out or ROOT / "benchmarks" / "results" / f"speed-{name}.md"
+    write_text(out, text + "\n")
+    records = [
+        {"dtype": dtype, "case": case, "round": number, **metrics}
+        for dtype, table in results.items()
+        for case, rounds in table.items()
+        for number, metrics in enumerate(rounds, 1)
+    ]
+    medians = (
+        pd.DataFrame(records).groupby(["dtype", "case"], sort=False).median().drop(columns="round")
+    )
+    write_csv(out.with_suffix(".csv"), medians.reset_index().round(4))
 
 
 if __name__ == "__main__":

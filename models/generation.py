@@ -12,7 +12,7 @@ from config import InputError, SamplingConfig
 from models.gpt2 import GPT2Model
 from modules.attention import KVCache
 
-CANDIDATES = 1024  # a nucleus is nearly always within the most probable tokens
+DRAWS = 16  # per token; after a draw is rejected, about half of the probability remains
 
 
 class Continuation(NamedTuple):
@@ -53,7 +53,7 @@ def continue_batch(
         with torch.autocast(device.type, enabled=False):  # bfloat16 logits have many ties
             logits = gpt.hidden_state_to_token(hidden.float()).float()
         logits = penalize(logits, seen, sampling.repetition_penalty)
-        uniform = torch.cat([torch.rand(1, 1, generator=g) for g in generators]).to(device)
+        uniform = torch.cat([torch.rand(1, DRAWS, generator=g) for g in generators]).to(device)
         tokens = sample(logits, uniform, sampling)[:, None]
         seen.scatter_(1, tokens, True)
         # A finished text stays in the batch as padding, which nothing attends to.
@@ -106,27 +106,35 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def sample(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Next tokens (B,) for logits (B, V) and uniform random numbers (B, 1) in [0, 1).
+    """Next tokens (B,) for logits (B, V) and uniform random numbers (B, DRAWS) in [0, 1).
 
     Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751) from the `top_k` most probable tokens
     (0: all): of these, the fewest whose probability reaches `top_p` are kept. Temperature 0 is
-    greedy. Raises FloatingPointError for logits that are not finite.
+    greedy. Nothing is sorted, which would take as long as the model (rejection sampling, as in
+    FlashInfer by Ye et al. 2025): a token that is drawn outside of the nucleus is rejected, and
+    the next one is drawn from the more probable tokens only. Raises FloatingPointError for logits
+    that are not finite.
     """
     if not logits.isfinite().all():
         raise FloatingPointError("the logits are not finite; train or download the model again")
+    tokens = logits.argmax(-1, keepdim=True)  # also if all draws are rejected
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return tokens.squeeze(1)
     logits = logits - logits.amax(-1, keepdim=True)  # at most 0, so no temperature overflows
     probabilities = (logits / max(sampling.temperature, 1e-30)).softmax(-1)
-    vocabulary = logits.shape[-1]
-    count = min(sampling.top_k or CANDIDATES, vocabulary)
-    likely, tokens = probabilities.topk(count)  # sorted; sorting all takes several times as long
-    if not sampling.top_k and (likely.sum(-1) < sampling.top_p).any():
-        likely, tokens = probabilities.sort(descending=True)
-    if sampling.top_k:
-        likely = likely / likely.sum(-1, keepdim=True)
-    preceding = likely.cumsum(-1) - likely
-    cdf = (likely * (preceding < sampling.top_p)).cumsum(-1)
-    drawn = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True)
-    kept = (preceding < sampling.top_p).sum(-1, keepdim=True)
-    return tokens.gather(-1, drawn.minimum(kept - 1)).squeeze(1)
+    if 0 < sampling.top_k < logits.shape[-1]:
+        likely = probabilities.topk(sampling.top_k)
+        share = likely.values / likely.values.sum(-1, keepdim=True)
+        probabilities = torch.zeros_like(probabilities).scatter_(-1, likely.indices, share)
+    pending, candidates = torch.ones_like(tokens, dtype=torch.bool), probabilities
+    for draw in uniform.split(1, dim=1):
+        cdf = candidates.cumsum(-1)
+        drawn = torch.searchsorted(cdf, draw * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
+        own = probabilities.gather(1, drawn)
+        candidates = torch.where(probabilities > own, probabilities, 0)
+        accepted = (candidates.sum(-1, keepdim=True) < sampling.top_p) & (own > 0)
+        tokens = torch.where(pending & accepted, drawn, tokens)
+        pending &= ~accepted
+        if logits.device.type == "cpu" and not pending.any():  # a GPU would have to be waited for
+            break
+    return tokens.squeeze(1)

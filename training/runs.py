@@ -98,6 +98,12 @@ class Run:
         """The folder of the best model."""
         return self.folder / "best"
 
+    @property
+    def shown(self) -> Path:
+        """The folder for the screen: relative to the project if it is inside."""
+        path = self.folder.resolve()
+        return path.relative_to(ROOT) if path.is_relative_to(ROOT) else self.folder
+
     def save_best(self, save: Callable[[Path], None]) -> None:
         """Replace best/ by what save(folder) writes."""
         fresh = temporary(self.best)

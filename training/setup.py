@@ -90,7 +90,7 @@ def open_run(
     run.title = ", ".join([options.model_size, *variant, method])
     print(
         f"{task}: {run.title}\n{trainable:,} of {total:,} parameters are trained with learning "
-        f"rate {options.lr:g}\nprecision {inputs['dtype']} on {hardware.device}, in {run.folder}"
+        f"rate {options.lr:g}\nprecision {inputs['dtype']} on {hardware.device}, in {run.shown}"
     )
     return run
 
@@ -121,7 +121,7 @@ def finish_run(run: Run, epochs: list[dict[str, Any]], results: Results) -> None
         draw_curves(run.folder, run.title, summary.get("base_dev_loss"))
     paths = ", ".join(path for path, _ in results.outputs.values())
     print(f"\n{metrics_table(results.metrics)}\n\npredictions: {paths}")
-    print(f"metrics, plots and best model: {run.folder}\n{results.usage}")
+    print(f"metrics, plots and best model: {run.shown}\n{results.usage}")
 
 
 def summarize(epochs: list[dict[str, Any]]) -> dict[str, Any]:
