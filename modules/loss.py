@@ -63,7 +63,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 loss -= (log_probabilities.gather(1, label) * valid).sum()
                 if not (need_hidden or need_weight):
                     continue
-                share = valid / count
+                share = (valid / count).to(full_dtype)
                 grad = log_probabilities.exp_().mul_(share).scatter_add_(1, label, -share)
                 grad = grad.to(grad_dtype)  # of the logits
                 if need_hidden:
