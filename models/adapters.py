@@ -169,9 +169,10 @@ def read_adapter(
     layers = {}  # name -> A, B, scaling
     for layer in range(gpt.config.n_layer):
         for theirs, ours in CONV1D_LAYERS.items():
-            a = tensors.pop(f"h.{layer}.{theirs}.lora_A.weight", None)
-            b = tensors.pop(f"h.{layer}.{theirs}.lora_B.weight", None)
-            if a is not None and b is not None and 0 < len(a) == b.shape[-1]:
+            pair = [f"h.{layer}.{theirs}.lora_{part}.weight" for part in "AB"]
+            a, b = (tensors.get(name, torch.empty(0)) for name in pair)
+            if a.ndim == b.ndim == 2 and 0 < len(a) == b.shape[1]:
+                del tensors[pair[0]], tensors[pair[1]]  # the check below names the others
                 scaling = alpha_of(f"h.{layer}.{theirs}", settings) / len(a)
                 for name, part_a, part_b in split_fused(a, b, ours, note):
                     layers[f"layers.{layer}.{name}"] = part_a, part_b, scaling
@@ -181,7 +182,7 @@ def read_adapter(
         raise InputError(f"{folder} is incomplete or for another model: it adapts {shown}")
     rank = max(len(a) for a, _, _ in layers.values())
     scalings = {scaling for _, _, scaling in layers.values()}
-    common = scalings.pop() if len(scalings) == 1 else 1.0  # else B is scaled
+    common = scalings.pop() if len(scalings) == 1 and any(scalings) else 1.0  # else B is scaled
     matrices = {}
     for name, (a, b, scaling) in layers.items():
         linear = gpt.get_submodule(name)
