@@ -122,7 +122,7 @@ def input_errors(failure: str) -> Iterator[None]:
     """Turn the errors of transformers, which have many types, into an InputError."""
     try:
         yield
-    except (MemoryError, InputError):
+    except MemoryError:
         raise
     except Exception as error:
         reason = textwrap.shorten(str(error), 120)
