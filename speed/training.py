@@ -44,7 +44,7 @@ def speed_up(model: nn.Module) -> nn.Module:
 class FrozenLinear(nn.Linear):
     """Casts a frozen weight to the autocast dtype once; in float32 on a CPU, oneDNN multiplies.
 
-    The cast copy is made again if the weight has changed.
+    The cast copies are made again if the weight or bias has changed.
     """
 
     cast: tuple[Any, Tensor, Tensor | None] = None, None, None  # its key, weight and bias
@@ -56,7 +56,7 @@ class FrozenLinear(nn.Linear):
             return super().forward(x)
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
-            key = self.weight.data_ptr(), self.weight._version, dtype
+            key = self.weight.data_ptr(), self.weight._version, self.bias._version, dtype
             if self.cast[0] != key:
                 self.cast = key, self.weight.detach().to(dtype), self.bias.detach().to(dtype)
             return F.linear(x, *self.cast[1:])

@@ -1,14 +1,8 @@
 """Functions that several test files share."""
 
-import os
-import signal
-
-import pytest
 import torch
 
-from config import Interrupted
 from lora import lora_layers
-from training import Trainer
 
 
 def randomise(model):
@@ -27,15 +21,6 @@ def states(gpt, ids):
     return gpt.eval()(ids)["last_hidden_state"]
 
 
-def interrupt_after_an_epoch(monkeypatch, train):
-    """Call train(), which receives Ctrl-C when its first epoch has ended."""
-    end_epoch = Trainer.end_epoch
-
-    def end_and_stop(self):
-        end_epoch(self)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "end_epoch", end_and_stop)
-        with pytest.raises(Interrupted):
-            train()
+def logits(gpt, ids):
+    """Logits (B, T, V) in evaluation mode, without a gradient."""
+    return gpt.hidden_state_to_token(states(gpt, ids)).detach()

@@ -1,194 +1,108 @@
-"""The forward pass equals transformers', is causal, and ignores padding and batch-mates."""
+"""The forward pass equals transformers', is causal, and ignores padding and batch mates."""
 
-import math
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from helpers import logits, states
 from torch.testing import assert_close
 
-from config import GPT2Config, InputError
-from modules.attention import CausalSelfAttention, KVCache
+from config import ROOT, GPT2Config, InputError
+from models.gpt2 import GPT2Model
+from modules.attention import KVCache
 
-LENGTHS = (12, 5, 9)
 CLOSE = {"atol": 1e-5, "rtol": 0}
-SIDES = pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+# Where the real tokens of three texts are in a batch of 12 tokens
+PLACES = {
+    "right": ([*range(12)], [*range(5)], [*range(9)]),
+    "left": ([*range(12)], [*range(7, 12)], [*range(3, 12)]),
+    "between": ([*range(12)], [0, 1, 4, 10, 11], [1, *range(3, 11)]),
+}
 
 
-def pad(sequences, left, filler=7):
-    """A padded batch and its mask; padding is an ordinary token, so that reading it shows."""
-    width = max(map(len, sequences))
-    batch = torch.full((len(sequences), width), filler)
-    mask = torch.zeros_like(batch)
-    for index, sequence in enumerate(sequences):
-        place = slice(width - len(sequence), None) if left else slice(len(sequence))
-        batch[index, place] = sequence
-        mask[index, place] = 1
+def pad(ids, side, filler=7):
+    """The texts in a padded batch, and its mask; padding is an ordinary token."""
+    batch, mask = torch.full((3, 12), filler), torch.zeros(3, 12, dtype=torch.long)
+    for row, places in enumerate(PLACES[side]):
+        batch[row, places] = ids[row, : len(places)]
+        mask[row, places] = 1
     return batch, mask
 
 
-@pytest.fixture
-def sequences(ids):
-    return [row[:length] for row, length in zip(ids, LENGTHS, strict=True)]
+@torch.no_grad()
+def test_logits_and_hidden_states_equal_transformers(gpt, reference, ids):
+    """Of every layer: covers erf GELU, a feed-forward width of 3 d, epsilon and transposes."""
+    expected = reference(ids, output_hidden_states=True)
+    outputs = []
+    gpt.layers[0].register_forward_hook(lambda layer, args, output: outputs.append(output))
+    assert_close(logits(gpt, ids), expected.logits, **CLOSE)
+    assert_close(outputs[0], expected.hidden_states[1], **CLOSE)
+    assert_close(states(gpt, ids), expected.hidden_states[2], **CLOSE)
 
 
 @torch.no_grad()
-def test_logits_equal_transformers(gpt, reference, ids):
-    """Covers all details at once: erf GELU, a feed-forward width of 3 d, epsilon, transposes."""
-    ours = gpt.hidden_state_to_token(gpt(ids)["last_hidden_state"])
-    assert_close(ours, reference(ids).logits, **CLOSE)
-
-
-@torch.no_grad()
-@SIDES
-def test_padding_and_batch_mates_change_nothing(gpt, sequences, left):
-    """Hidden states depend neither on the side of the padding nor on the other sequences."""
-    batch, mask = pad(sequences, left)
-    hidden = gpt(batch, mask)["last_hidden_state"]
+@pytest.mark.parametrize("side", PLACES)
+def test_padding_and_batch_mates_change_nothing(gpt, ids, side):
+    """Each text is as if it were alone, and what the padding contains is never read."""
+    batch, mask = pad(ids, side)
+    output = gpt(batch, mask)
+    hidden = output["last_hidden_state"]
     assert hidden.isfinite().all()  # at padding too: NaN would reach every gradient
-    for index, sequence in enumerate(sequences):
-        alone = gpt(sequence[None])["last_hidden_state"][0]
-        assert_close(hidden[index, mask[index].bool()], alone, **CLOSE)
-
-
-@torch.no_grad()
-@SIDES
-def test_the_content_of_padding_is_never_read(gpt, sequences, left):
-    """A mask that is only nearly -inf, or multiplied with the scores, would let it through."""
-    batch, mask = pad(sequences, left, filler=7)
-    other, _ = pad(sequences, left, filler=250)
+    for row, places in enumerate(PLACES[side]):
+        alone = states(gpt, ids[row : row + 1, : len(places)])[0]
+        assert_close(hidden[row, places], alone, **CLOSE)
+        assert_close(output["last_token"][row], alone[-1], **CLOSE)
     real = mask.bool()
-    one = gpt(batch, mask)["last_hidden_state"][real]
-    assert torch.equal(one, gpt(other, mask)["last_hidden_state"][real])
+    other = gpt(pad(ids, side, filler=250)[0], mask)["last_hidden_state"]
+    assert torch.equal(other[real], hidden[real])
+    if side == "right":  # causality hides this padding, also without a mask
+        assert_close(states(gpt, batch)[real], hidden[real], **CLOSE)
 
 
-@torch.no_grad()
-@SIDES
-def test_last_token_is_the_last_real_one(gpt, sequences, left):
-    """The report's baseline read [:, -1], which is padding in right-padded sequences."""
-    batch, mask = pad(sequences, left)
-    alone = [gpt(sequence[None])["last_hidden_state"][:, -1] for sequence in sequences]
-    assert_close(gpt(batch, mask)["last_token"], torch.cat(alone), **CLOSE)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("position", [1, 10, 19])
-def test_causality(gpt, ids, position):
+def test_causality(gpt, ids):
     """A later token changes no bit of an earlier state; it does change its own state."""
     changed = ids.clone()
-    changed[:, position] = (changed[:, position] + 1) % 300
-    before = gpt(ids)["last_hidden_state"]
-    after = gpt(changed)["last_hidden_state"]
-    assert torch.equal(before[:, :position], after[:, :position])
-    assert not torch.isclose(before[:, position], after[:, position]).all(-1).any()
+    changed[:, 10] = (changed[:, 10] + 1) % 300
+    before, after = states(gpt, ids), states(gpt, changed)
+    assert torch.equal(before[:, :10], after[:, :10])
+    assert not torch.isclose(before[:, 10], after[:, 10]).all(-1).any()
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("chunks", [(1,) * 12, (5, 4, 3), (1, 10, 1)], ids=str)
-@pytest.mark.parametrize("left", [False, True], ids=["unpadded", "left-padded"])
-def test_cache_equals_no_cache(gpt, ids, sequences, left, chunks):
-    """Several tokens on a non-empty cache do not see each other's future or old padding."""
-    batch, mask = ids[:, :12], torch.ones(3, 12, dtype=torch.long)
-    if left:
-        batch, mask = pad(sequences, left=True)
-    cache = KVCache(gpt.config, 3, 12)
-    states, start = [], 0
-    for size in chunks:
-        stop = start + size
-        output = gpt(batch[:, start:stop], mask[:, :stop], cache)
-        states.append(output["last_hidden_state"])
-        start = stop
-    whole, real = gpt(batch, mask), mask.bool()
-    assert cache.length == 12
-    assert_close(torch.cat(states, 1)[real], whole["last_hidden_state"][real], **CLOSE)
-    assert_close(output["last_token"], whole["last_token"], **CLOSE)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("attn_pdrop", [0.0, 1e-9])
-@pytest.mark.parametrize("chunks", [(1,) * 12, (5, 4, 3), (5, 1, 6)], ids=str)
-def test_cache_equals_no_cache_in_training_mode(gpt, reference, ids, attn_pdrop, chunks):
-    """On a CPU, training with dropout uses other code, whose queries once attended only to key 0.
-
-    A rate of 1e-9 selects that code and rounds to dropping nothing.
-    """
-    gpt.train()
-    for part in gpt.modules():
-        if hasattr(part, "p"):
-            part.p = 0.0
-    for layer in gpt.layers:
-        layer.attention.dropout = attn_pdrop
-    cache = KVCache(gpt.config, 3, 12)
-    states = [gpt(part, cache=cache)["last_hidden_state"] for part in ids[:, :12].split(chunks, 1)]
-    logits = gpt.hidden_state_to_token(torch.cat(states, 1))
-    uncached = gpt.hidden_state_to_token(gpt(ids[:, :12])["last_hidden_state"])
-    assert_close(logits, uncached, **CLOSE)
-    assert_close(logits, reference(ids[:, :12]).logits, **CLOSE)
-
-
-@torch.no_grad()
-def test_right_padded_prompts_continue_on_a_cache(gpt, sequences, ids):
-    """Padding between a prompt and its continuation is neither seen nor counted as a position."""
-    batch, mask = pad(sequences, left=False)
-    following = ids[:, 15:17]
-    cache = KVCache(gpt.config, 3, 14)
-    gpt(batch, mask, cache)
-    longer = torch.cat([mask, torch.ones_like(following)], 1)
-    states = gpt(following, longer, cache)["last_hidden_state"]
-    for index, sequence in enumerate(sequences):
-        alone = gpt(torch.cat([sequence, following[index]])[None])["last_hidden_state"]
-        assert_close(states[index], alone[0, -2:], **CLOSE)
-
-
-@torch.no_grad()
-def test_cache_selects_rows(gpt, ids):
-    """After a sequence has ended, the others continue with their own keys and values."""
-    cache = KVCache(gpt.config, 3, 12)
-    gpt(ids[:, :11], cache=cache)
-    cache.select_rows(torch.tensor([2, 0]))
-    state = gpt(ids[[2, 0], 11:12], cache=cache)["last_token"]
-    assert_close(state, gpt(ids[[2, 0], :12])["last_token"], **CLOSE)
+@pytest.mark.parametrize("chunks", [(1,) * 12, (5, 1, 6)], ids=str)
+@pytest.mark.parametrize("side", [None, *PLACES])
+def test_cache_equals_no_cache(gpt, ids, side, chunks):
+    """Several tokens after a non-empty cache see neither each other's future nor padding."""
+    batch, mask = (ids[:, :12], None) if side is None else pad(ids, side)
+    cache, parts = KVCache(gpt.config, 3, 12), []
+    for part in batch.split(chunks, 1):
+        seen = cache.length + part.shape[1]
+        output = gpt(part, None if mask is None else mask[:, :seen], cache)
+        parts.append(output["last_hidden_state"])
+    whole = gpt(batch, mask)["last_hidden_state"]
+    real = slice(None) if mask is None else mask.bool()
+    assert_close(torch.cat(parts, 1)[real], whole[real], **CLOSE)
 
 
 @pytest.mark.parametrize("cached", [0, 60])
 def test_past_the_last_position_is_an_error(gpt, cached):
     """The embedding's index error would name neither the length nor the limit."""
-    cache = KVCache(gpt.config, 1, 70)
+    cache, ids = KVCache(gpt.config, 1, 70), torch.zeros(1, 65, dtype=torch.long)
     if cached:
-        gpt(torch.zeros(1, cached, dtype=torch.long), cache=cache)
+        gpt(ids[:, :cached], cache=cache)
     with pytest.raises(InputError, match=r"65 tokens, .* 64 positions"):
-        gpt(torch.zeros(1, 65 - cached, dtype=torch.long), cache=cache)
-
-
-def test_right_padding_that_is_promised_needs_no_mask(gpt, sequences, monkeypatch):
-    """Causality hides it: the same hidden states as with a mask in the blocks."""
-    batch, mask = pad(sequences, left=False)
-    expected, masks = gpt(batch, mask), []
-    forward = type(gpt.layers[0]).forward
-    spy = lambda self, x, mask, *more: masks.append(mask) or forward(self, x, mask, *more)  # noqa: E731
-    monkeypatch.setattr(type(gpt.layers[0]), "forward", spy)
-    output = gpt(batch, mask, right_padded=True)
-    assert masks == [None] * len(gpt.layers)
-    real = mask.bool()
-    assert_close(output["last_hidden_state"][real], expected["last_hidden_state"][real], **CLOSE)
-    assert_close(output["last_token"], expected["last_token"], **CLOSE)
-
-
-def test_mask_of_another_shape_is_an_error(gpt, ids):
-    """A mask of the new tokens alone would be broadcast or misread with a cache."""
-    with pytest.raises(InputError, match=r"attention_mask.*\(3, 20\)"):
-        gpt(ids, torch.ones(3, 19))
-
-
-def test_token_0_trains(gpt):
-    """padding_idx=0 once froze the embedding of the token "!"."""
-    gpt(torch.tensor([[0, 1]]))["last_token"].sum().backward()
-    assert gpt.token_embedding.weight.grad[0].abs().sum() > 0
+        gpt(ids[:, cached:], cache=cache)
+    with pytest.raises(InputError, match=r"attention_mask.*\(1, 20\)"):
+        gpt(ids[:, :20], torch.ones(1, 19))
 
 
 def test_dropout_acts_in_training_only(gpt, ids):
     """Each of the three kinds of dropout acts, and nothing is random in evaluation."""
-    assert torch.equal(gpt(ids)["last_token"], gpt(ids)["last_token"])
-    for part in (gpt.dropout, gpt.layers[0].dropout, gpt.layers[0].attention):
+    assert torch.equal(states(gpt, ids), states(gpt, ids))
+    for part in (gpt.dropout, gpt.layers[0].dropout, gpt.layers[0].attention.attend):
         part.train()
         assert not torch.equal(gpt(ids)["last_token"], gpt(ids)["last_token"])
         part.eval()
@@ -197,8 +111,7 @@ def test_dropout_acts_in_training_only(gpt, ids):
 def test_gradient_checkpointing_changes_no_gradient(gpt, ids):
     """Recomputed activations are the same, because dropout repeats its random numbers."""
     gradients = []
-    for checkpointing in (False, True):
-        gpt.gradient_checkpointing = checkpointing
+    for gpt.gradient_checkpointing in (False, True):
         gpt.train().zero_grad()
         torch.manual_seed(0)
         gpt(ids)["last_hidden_state"].square().mean().backward()
@@ -206,25 +119,52 @@ def test_gradient_checkpointing_changes_no_gradient(gpt, ids):
     assert all(map(torch.equal, *gradients))
 
 
-def identity_attention(heads):
-    attention = CausalSelfAttention(GPT2Config(n_layer=1, n_embd=2, n_head=heads))
-    with torch.no_grad():
-        for linear in (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj):
-            linear.weight.copy_(torch.eye(2))
-            linear.bias.zero_()
-    return attention.eval()
+def test_initialization():
+    """Normal with 0.02, the two matrices that end in the residual with 0.02 / sqrt(2 L)."""
+    torch.manual_seed(0)
+    gpt = GPT2Model(GPT2Config(8, 128, 4, vocab_size=500, n_positions=100))
+    for name, parameter in gpt.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            assert (parameter == float("norm.weight" in name)).all()
+        else:
+            expected = 0.02 / 4 if "out_proj" in name or "out_dense" in name else 0.02
+            assert parameter.std().item() == pytest.approx(expected, rel=0.03)
 
 
-def test_attention_by_hand():
-    """Token 2 has scores 0 and 1/sqrt 2: weights 1 and e^(1/sqrt 2), divided by their sum."""
-    output = identity_attention(heads=1)(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]))
-    own = math.exp(1 / math.sqrt(2)) / (1 + math.exp(1 / math.sqrt(2)))  # 0.6698
-    assert_close(output, torch.tensor([[[1.0, 0.0], [1 - own, own]]]))
+def test_sizes_that_a_caller_expects_are_checked(folder):
+    """The course's code passes d, l and num_heads, also by position."""
+    assert GPT2Model.from_pretrained(folder, 32, 2, 4).config.n_embd == 32
+    for name, wrong in {"d": 48, "l": 12, "num_heads": 12}.items():
+        with pytest.raises(InputError, match=f"{name}=.*{wrong}"):
+            GPT2Model.from_pretrained(folder, **{name: wrong})
 
 
-def test_two_heads_by_hand():
-    """Heads of width 1 read one column each: scores 3 and 9 in one, 2 and 1 in the other."""
-    output = identity_attention(heads=2)(torch.tensor([[[1.0, 2.0], [3.0, 1.0]]]))
-    first = (1 * math.exp(3) + 3 * math.exp(9)) / (math.exp(3) + math.exp(9))  # 2.9951
-    second = (2 * math.exp(2) + 1 * math.exp(1)) / (math.exp(2) + math.exp(1))  # 1.7311
-    assert_close(output, torch.tensor([[[1.0, 2.0], [first, second]]]))
+CODE = """
+import sys, torch
+from config import GPT2Config
+from models.gpt2 import GPT2Model
+gpt = GPT2Model(GPT2Config(1, 8, 2, vocab_size=10, n_positions=4))
+print(gpt(torch.tensor([[1, 2, 3]]))["last_token"].shape[1], "transformers" in sys.modules)
+"""
+
+
+def test_the_core_runs_without_the_rest(tmp_path):
+    """A student copies modules/, models/gpt2.py and config.py; transformers is not imported."""
+    shutil.copytree(ROOT / "modules", tmp_path / "modules")
+    (tmp_path / "models").mkdir()
+    for name in ("config.py", "models/gpt2.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    settings = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": ""}, "text": True}
+    assert subprocess.check_output([sys.executable, "-c", CODE], **settings) == "8 False\n"
+
+
+def test_a_special_token_in_a_text_is_ordinary_text(gpt):
+    """Otherwise a text could end itself; a token beyond the vocabulary is named."""
+    texts = ["beauty's rose", " Might <|endoftext|> never die,\n\n", "caf\u00e9 that , he . 's", ""]
+    rows = gpt.encode(texts)
+    assert not any(gpt.end_of_text in row for row in rows)
+    assert [gpt.decode([*row, gpt.end_of_text]) for row in rows] == texts
+    assert gpt.encode([]) == []
+    gpt.tokenizer.add_tokens(["[PAD]"])
+    with pytest.raises(InputError, match=r"\[PAD\].*300"):
+        gpt.encode(["a rose", "a [PAD] rose"])

@@ -4,38 +4,26 @@ Nearly all folders here are written by transformers or hold what its earlier ver
 """
 
 import json
+import os
 import pickle
-import re
 import shutil
-import time
+import subprocess
+import sys
 
 import pytest
 import torch
+from helpers import logits
 from safetensors.torch import load_file, save_file
-from tokenizers import processors
 from torch.testing import assert_close
-from transformers import AutoTokenizer, GPT2LMHeadModel, GPT2TokenizerFast
-from transformers.utils import logging
+from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from config import InputError, LoRAConfig
+from config import ROOT, GPT2Config, InputError, LoRAConfig
 from lora import apply_lora
 from models.gpt2 import GPT2Model
-from models.hugging_face import find_model, join_conv1d, load_tokenizer, split_conv1d
+from models.hugging_face import HUB_ORGANIZATION, SIZES
 
-TEXTS = [
-    "beauty's rose",
-    " Might never die,\n\n",
-    "caf\u00e9",
-    "a",
-    "that , he . 's <b>",
-    "He died.",
-]
-WEIGHTS = "model.safetensors"
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model.hidden_state_to_token(model(ids)["last_hidden_state"])
+TEXTS = ["beauty's rose", " Might never die,\n\n", "caf\u00e9", "that , he . 's <b>"]
+WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
 
 
 def read_json(path):
@@ -53,13 +41,12 @@ def config(**settings):
     return lambda path: change_json(path / "config.json", **settings)
 
 
-def change_tensors(change):
+def tensors_by(change):
     """A form whose tensors are changed by `change(tensors)`, in place or into a new dict."""
 
     def form(path):
         tensors = load_file(path / WEIGHTS)
-        tensors = change(tensors) or tensors
-        save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+        save_file(change(tensors) or tensors, path / WEIGHTS, metadata={"format": "pt"})
 
     return form
 
@@ -75,58 +62,12 @@ def sharded(path):
     assert len(list(path.glob("model-*.safetensors"))) > 2
 
 
-def renamed_shards(path):
-    """model.safetensors.index.json may name any files."""
+def pickled(path):
+    """With the head, as torch.save(model.state_dict()) does: the same storage twice."""
     tensors = load_file(path / WEIGHTS)
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
     (path / WEIGHTS).unlink()
-    names = sorted(tensors)
-    weight_map = {}
-    for index, part in enumerate((names[::2], names[1::2])):
-        file = f"part{index}.safetensors"
-        save_file({name: tensors[name] for name in part}, path / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    change_json(path / f"{WEIGHTS}.index.json", metadata={}, weight_map=weight_map)
-
-
-def named_by_config(path):
-    """config.json may name the weights' file."""
-    (path / WEIGHTS).rename(path / "weights.safetensors")
-    change_json(path / "config.json", transformers_weights="weights.safetensors")
-
-
-def pickled(dtype=torch.float32, head=False, **settings):
-    def form(path):
-        tensors = {name: part.to(dtype) for name, part in load_file(path / WEIGHTS).items()}
-        if head:  # as torch.save(model.state_dict()) does: the same storage twice
-            tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
-        (path / WEIGHTS).unlink()
-        torch.save(tensors, path / "pytorch_model.bin", **settings)
-
-    return form
-
-
-def sharded_pickle(path):
-    tensors = load_file(path / WEIGHTS)
-    (path / WEIGHTS).unlink()
-    names = sorted(tensors)
-    weight_map = {}
-    for index, part in enumerate((names[:9], names[9:])):
-        file = f"pytorch_model-{index + 1:05}-of-00002.bin"
-        torch.save({name: tensors[name] for name in part}, path / file)
-        weight_map |= dict.fromkeys(part, file)
-    change_json(path / "pytorch_model.bin.index.json", metadata={}, weight_map=weight_map)
-
-
-def in_dtype(dtype):
-    def form(path):
-        transformers_model(path).to(dtype).save_pretrained(path)
-
-    return form
-
-
-def without_head(path):
-    transformers_model(path).transformer.save_pretrained(path)
-    assert not any(name.startswith("transformer.") for name in load_file(path / WEIGHTS))
+    torch.save(tensors, path / PICKLE)
 
 
 def published(tensors):
@@ -138,53 +79,23 @@ def published(tensors):
     return tensors
 
 
-def prefixed_masks(tensors):
-    for layer in range(2):
-        tensors[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
-
-
-def copy_of_head(tensors):
-    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
-
-
 def only_head(tensors):
     tensors["lm_head.weight"] = tensors.pop("transformer.wte.weight")
 
 
-def vocab_and_merges(path, **settings):
+def vocab_and_merges(path):
     model = read_json(path / "tokenizer.json")["model"]
     (path / "tokenizer.json").unlink()
-    vocab = model["vocab"] | {"<|endoftext|>": 299}
-    (path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    change_json(path / "vocab.json", **model["vocab"], **{"<|endoftext|>": 299})
     merges = "\n".join(" ".join(pair) for pair in model["merges"])
     (path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
-    if settings:
-        change_json(path / "tokenizer_config.json", **settings)
-
-
-def vocab_with_added_files(path):
-    """What save_pretrained of a slow tokenizer wrote until transformers 4."""
-    vocab_and_merges(path, tokenizer_class="GPT2Tokenizer", model_max_length=64)
-    change_json(path / "added_tokens.json", **{"<|pad|>": 300})
-    change_json(path / "special_tokens_map.json", pad_token="<|pad|>", eos_token="<|endoftext|>")
-
-
-def saved_tokenizer(**settings):
-    """The tokenizer as transformers saves it, with changed attributes."""
-
-    def form(path):
-        tokenizer = GPT2TokenizerFast.from_pretrained(path)
-        for name, value in settings.items():
-            setattr(tokenizer, name, value)
-        tokenizer.save_pretrained(path)
-
-    return form
 
 
 def added_pad(path):
+    """A padding token beyond the embedding, as `tokenizer.add_special_tokens` gives."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    assert tokenizer.pad_token_id == 300
+    tokenizer.padding_side = "left"
     tokenizer.save_pretrained(path)
     change_json(path / "config.json", pad_token_id=300)
 
@@ -196,111 +107,35 @@ def added_pad_and_embedding(path):
     model.save_pretrained(path)
 
 
-def padding_and_truncation(path):
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    tokenizer.backend_tokenizer.enable_padding(length=32, pad_id=299, pad_token="<|endoftext|>")
-    tokenizer.backend_tokenizer.enable_truncation(max_length=3)
-    tokenizer.backend_tokenizer.save(str(path / "tokenizer.json"))
-    stored = read_json(path / "tokenizer.json")
-    assert stored["padding"]
-    assert stored["truncation"]
-
-
-def bert_tokenizer(path):
-    """GPT-2s of other languages come with BERT's tokenizer."""
-    (path / "tokenizer.json").unlink()
-    letters = sorted(set("".join(TEXTS).lower()) - {" ", "\n"})
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
-    words += [f"##{letter}" for letter in letters if letter.isalpha()] + ["beauty", "rose"]
-    (path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
-    change_json(path / "tokenizer_config.json", tokenizer_class="BertTokenizer")
-
-
-def generation(**settings):
-    return lambda path: change_json(path / "generation_config.json", **settings)
-
-
-def symbolic_links(path):
-    """A snapshot in the hub's cache."""
-    blobs = path / "blobs"
-    blobs.mkdir()
-    for index, file in enumerate(sorted(path.glob("*.*"))):
-        target = blobs / str(index)
-        shutil.move(file, target)
-        file.symlink_to(target)
-
-
-def both_weights(path):
-    """transformers prefers safetensors; the pickle is not read."""
-    (path / "pytorch_model.bin").write_bytes(b"old")
-
-
+ALIASES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 # Changes to the folder that transformers has saved; each gives one form that has to load
 FORMS = {
     "as saved": lambda path: None,
-    # weights
     "sharded": sharded,
-    "shards of any name": renamed_shards,
-    "named by config.json": named_by_config,
-    "pickle": pickled(),
-    "pickle with head": pickled(head=True),
-    "old pickle": pickled(_use_new_zipfile_serialization=False),
-    "sharded pickle": sharded_pickle,
-    "float16": in_dtype(torch.float16),
-    "bfloat16": in_dtype(torch.bfloat16),
-    "float64": in_dtype(torch.float64),
-    "float16 pickle": pickled(torch.float16),
-    "without head": without_head,
-    "published": change_tensors(published),
-    "masks with prefix": change_tensors(prefixed_masks),
-    "copy of head": change_tensors(copy_of_head),
-    "only head": change_tensors(only_head),
-    "two formats": both_weights,
-    "symbolic links": symbolic_links,
-    # configuration
+    "pickle": pickled,
+    "float16": lambda path: transformers_model(path).half().save_pretrained(path),
+    "without prefix": lambda path: transformers_model(path).transformer.save_pretrained(path),
+    "published": tensors_by(published),
+    "only head": tensors_by(only_head),
+    "different dropouts": config(embd_pdrop=0.3, attn_pdrop=0, resid_pdrop=0.05),
     "eos 13": config(eos_token_id=13),
     "eos list": config(eos_token_id=[13, 5]),
     "eos empty list": config(eos_token_id=[]),
-    "eos null": config(eos_token_id=None),
+    "eos null": config(eos_token_id=None, bos_token_id=None),
     "eos out of range": config(eos_token_id=50256),
-    "eos list out of range": config(eos_token_id=[50256, 13]),
-    "eos not set": config(eos_token_id=..., bos_token_id=...),
-    "pad token": config(pad_token_id=7),
-    "different dropouts": config(embd_pdrop=0.3, attn_pdrop=0.0, resid_pdrop=0.05),
-    "integer dropouts": config(embd_pdrop=0, attn_pdrop=0, resid_pdrop=0),
-    "aliases": config(
-        n_embd=..., hidden_size=32, n_layer=..., num_hidden_layers=2, n_head=...,
-        num_attention_heads=4, n_positions=..., max_position_embeddings=64,
+    "aliases": config(n_embd=..., n_layer=..., n_head=..., **ALIASES),
+    "heads and epsilon": config(n_head=2, layer_norm_epsilon=1e-3, n_inner=128),
+    "other gelu": config(activation_function="gelu_pytorch_tanh"),
+    "other settings": config(
+        task_specific_params={"a": {"b": 1}}, note="caf\u00e9", use_cache=False
     ),
-    "other heads and epsilon": config(n_head=2, layer_norm_epsilon=1e-3),
-    "gelu_pytorch_tanh": config(activation_function="gelu_pytorch_tanh"),
-    "explicit n_inner": config(n_inner=128),
-    "float32 attention": config(reorder_and_upcast_attn=True),
-    "no cache": config(use_cache=False),
-    "old dtype": config(torch_dtype="float16", dtype=...),
-    "no architecture": config(architectures=..., transformers_version=...),
-    "other settings": config(task_specific_params={"a": {"b": 1}}, n_ctx=64, note="caf\u00e9"),
-    "labels": config(id2label={"0": "no", "1": "yes"}, label2id={"no": 0, "yes": 1}),
-    # tokenizer
-    "tokenizer saved": saved_tokenizer(),
-    "left padding": saved_tokenizer(padding_side="left", pad_token="<|endoftext|>"),
-    "prefix space": saved_tokenizer(add_prefix_space=True),
-    "chat template": saved_tokenizer(chat_template="{{ messages[0].content }}"),
     "vocab and merges": vocab_and_merges,
-    "vocab, merges, config": lambda path: vocab_and_merges(path, tokenizer_class="GPT2Tokenizer"),
-    "bos token": lambda path: vocab_and_merges(path, add_bos_token=True),
-    "vocab and added tokens": vocab_with_added_files,
     "added pad": added_pad,
     "added pad and embedding": added_pad_and_embedding,
-    "padding and truncation": padding_and_truncation,
-    "BERT's tokenizer": bert_tokenizer,
-    # generation
-    "generation settings": generation(do_sample=True, temperature=0.7, top_k=3, max_length=9),
-    "invalid generation settings": generation(do_sample=False, temperature=0.7, top_p=0.5),
-    "generation eos": generation(eos_token_id=[5, 6], pad_token_id=5),
-}  # fmt: skip
-# `end_of_text` where it is not 299, the configuration's and the tokenizer's
-END_OF_TEXT = {"eos 13": 13, "eos list": 13}
+    "generation": lambda path: change_json(
+        path / "generation_config.json", do_sample=True, top_k=3, eos_token_id=[5, 6]
+    ),
+}
 
 
 @pytest.fixture
@@ -309,9 +144,14 @@ def path(folder, tmp_path):
     return shutil.copytree(folder, tmp_path / "model")
 
 
+def all_files(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_every_folder_that_transformers_loads_loads_and_is_saved(path, ids, form):
-    """Token ids and logits equal transformers', before and after saving."""
+    """Token ids, logits and settings are transformers', and so they are when saved by us."""
+    change_json(path / "tokenizer_config.json", eos_token="<|endoftext|>")
     FORMS[form](path)
     theirs, tokenizer = transformers_model(path), AutoTokenizer.from_pretrained(path)
     with torch.no_grad():
@@ -320,132 +160,54 @@ def test_every_folder_that_transformers_loads_loads_and_is_saved(path, ids, form
     assert {parameter.dtype for parameter in gpt.parameters()} == {torch.float32}
     assert not gpt.training
     assert_close(logits(gpt, ids), expected, atol=1e-4, rtol=0)
-    token_ids = [tokenizer(text)["input_ids"] for text in TEXTS]
-    assert gpt.encode(TEXTS) == token_ids
-    assert [gpt.tokenizer(text)["input_ids"] for text in TEXTS] == token_ids
+    assert gpt.encode(TEXTS) == [tokenizer(text)["input_ids"] for text in TEXTS]
+    assert gpt.end_of_text == (13 if form in ("eos 13", "eos list") else 299)
 
     saved = path.with_name("saved")
     gpt.save_pretrained(saved)
     again, tokenizer_again = transformers_model(saved), AutoTokenizer.from_pretrained(saved)
     with torch.no_grad():
         assert_close(again(ids).logits, expected, atol=1e-4, rtol=0)
-    assert [tokenizer_again(text)["input_ids"] for text in TEXTS] == token_ids
-    for name in (
-        "eos_token",
-        "bos_token",
-        "pad_token",
-        "unk_token",
-        "padding_side",
-        "chat_template",
-    ):
+    assert [tokenizer_again(text)["input_ids"] for text in TEXTS] == gpt.encode(TEXTS)
+    for name in ("eos_token", "bos_token", "pad_token", "padding_side"):
         assert getattr(tokenizer_again, name) == getattr(tokenizer, name), name
-    before, after = theirs.config.to_dict(), again.config.to_dict()
-    changed = ("_name_or_path", "architectures", "dtype", "transformers_version")
-    for name in (*changed, "transformers_weights"):  # weights are saved as model.safetensors
-        before.pop(name, None)
-        after.pop(name, None)
-    assert after == before
+    settings = [model.config.to_dict() for model in (theirs, again)]
+    for name in ("_name_or_path", "architectures", "dtype", "transformers_version"):
+        del settings[0][name], settings[1][name]
+    assert settings[0] == settings[1]
     assert again.generation_config.to_dict() == theirs.generation_config.to_dict()
-    generation_config = path / "generation_config.json"
-    if generation_config.exists():
-        copy = saved / "generation_config.json"
-        assert copy.read_bytes() == generation_config.read_bytes()
     twice = GPT2Model.from_pretrained(saved)
     assert twice.config == gpt.config
-    assert torch.equal(logits(twice, ids), logits(gpt, ids))
+    twice.save_pretrained(path.with_name("twice"))
+    assert all_files(path.with_name("twice")) == all_files(saved)
 
 
-@pytest.mark.parametrize("form", ["as saved", *(name for name in FORMS if "eos" in name)])
-def test_end_of_text_is_that_of_the_configuration(path, form):
-    """If it sets none in the vocabulary, the tokenizer's; saving changes neither."""
-    change_json(path / "tokenizer_config.json", eos_token="<|endoftext|>")
-    FORMS[form](path)
-    gpt = GPT2Model.from_pretrained(path)
-    assert gpt.end_of_text == END_OF_TEXT.get(form, 299)
-    gpt.save_pretrained(path.with_name("saved"))
-    assert GPT2Model.from_pretrained(path.with_name("saved")).end_of_text == gpt.end_of_text
-
-
-def test_a_tokenizer_without_end_of_text_has_none(path):
-    """Then generation only stops at its limits."""
-    change_json(path / "config.json", eos_token_id=None)
-    change_json(path / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    assert AutoTokenizer.from_pretrained(path).eos_token_id is None
-    assert GPT2Model.from_pretrained(path).end_of_text is None
-
-
-def test_a_text_with_a_token_beyond_the_vocabulary_names_it(path):
-    """The embedding has no such row; without that token the text can be encoded."""
-    added_pad(path)
-    gpt = GPT2Model.from_pretrained(path)
-    with pytest.raises(InputError, match=r"\[PAD\].*300"):
-        gpt.encode(["a rose", "a [PAD] rose"])
-    assert gpt.encode(["a rose"]) == [gpt.tokenizer("a rose")["input_ids"]]
-
-
-def test_the_settings_of_a_tokenizer_do_not_reach_a_batch(path):
-    """A stored padding or truncation would change the token ids of every text."""
-    padding_and_truncation(path)
-    gpt = GPT2Model.from_pretrained(path)
-    rows = gpt.encode(["a", "From fairest creatures we desire increase"])
-    assert len(rows[0]) == 1
-    assert len(rows[1]) > 10
-
-
-def test_an_appended_end_of_text_is_left_out(path):
-    """The collator appends it to training texts, and a prompt must not end with it."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    before = tokenizer("a rose")["input_ids"]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 299)]
-    )
-    tokenizer.backend_tokenizer.save(str(path / "tokenizer.json"))
-    gpt = GPT2Model.from_pretrained(path)
-    assert gpt.tokenizer("a rose")["input_ids"] == [*before, 299]
-    assert gpt.encode(["a rose"]) == [before]
-
-
-def test_decoding_inverts_encoding(gpt):
-    """Spaces before punctuation and apostrophes stay, and special tokens are left out."""
-    for text in TEXTS:
-        (row,) = gpt.encode([text])
-        assert gpt.decode(row) == text
-        assert gpt.decode([*row, gpt.end_of_text]) == text
-
-
-def test_the_bundled_model_equals_transformers():
-    """Its float16 file is computed in float32, and "tiny" names its folder."""
-    ids = torch.randint(0, 8192, (2, 40), generator=torch.Generator().manual_seed(0))
-    folder = find_model("tiny")
-    gpt, tokenizer = GPT2Model.from_pretrained("tiny"), AutoTokenizer.from_pretrained(folder)
-    with torch.no_grad():
-        assert_close(logits(gpt, ids), transformers_model(folder)(ids).logits, atol=1e-4, rtol=0)
-    assert gpt.encode(TEXTS) == [tokenizer(text)["input_ids"] for text in TEXTS]
-    assert gpt.end_of_text == 0
-
-
-@pytest.mark.parametrize("kind", [str, lambda path: path, lambda path: f"{path}/"])
-def test_a_folder_may_be_a_path_or_a_string(path, kind, ids, gpt):
-    assert torch.equal(logits(GPT2Model.from_pretrained(kind(path)), ids), logits(gpt, ids))
+def test_saved_files_have_the_mode_of_the_umask(gpt, tmp_path):
+    """safetensors makes files that only their owner reads."""
+    umask = os.umask(0o027)
+    gpt.save_pretrained(tmp_path)
+    os.umask(umask)
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o640}
 
 
 def test_saving_over_the_loaded_folder(path, ids):
-    """Files must not be copied onto themselves, and the tokenizer stays."""
-    gpt = GPT2Model.from_pretrained(path)
+    """Its tensors may be mapped into memory."""
+    gpt = GPT2Model.from_pretrained(str(path))
     before = logits(gpt, ids)
     gpt.save_pretrained(path)
-    again = GPT2Model.from_pretrained(path)
+    again = GPT2Model.from_pretrained(f"{path}/")
     assert torch.equal(logits(again, ids), before)
     assert again.encode(TEXTS) == gpt.encode(TEXTS)
 
 
-def test_saving_in_another_dtype(gpt, tmp_path, ids):
-    """The bundled model is saved in float16, and transformers then loads float16."""
-    gpt.save_pretrained(tmp_path, torch.float16)
-    assert GPT2LMHeadModel.from_pretrained(tmp_path, dtype="auto").dtype == torch.float16
-    assert_close(
-        logits(GPT2Model.from_pretrained(tmp_path), ids), logits(gpt, ids), atol=0.1, rtol=0
-    )
+def test_a_model_that_was_not_loaded_is_saved(tmp_path, ids):
+    """It has no tokenizer, and transformers gets its settings from GPT2Config."""
+    gpt = GPT2Model(GPT2Config(2, 32, 4, 300, 64, resid_pdrop=0.2, eos_token_id=5)).eval()
+    gpt.save_pretrained(tmp_path)
+    theirs = transformers_model(tmp_path)
+    assert (theirs.config.resid_pdrop, theirs.generation_config.eos_token_id) == (0.2, 5)
+    with torch.no_grad():
+        assert_close(logits(gpt, ids), theirs(ids).logits, atol=1e-5, rtol=0)
 
 
 def test_a_model_with_lora_is_not_saved_as_a_model(gpt, tmp_path):
@@ -454,40 +216,18 @@ def test_a_model_with_lora_is_not_saved_as_a_model(gpt, tmp_path):
         apply_lora(gpt, LoRAConfig()).save_pretrained(tmp_path / "saved")
 
 
-@pytest.mark.parametrize("shape", [(4, 6), (6,)])
-def test_split_and_join_are_inverses(shape):
-    """By hand: the first third of a Conv1D's columns, transposed, is the query's weight."""
-    fused = torch.arange(24.0)[: torch.Size(shape).numel()].reshape(shape)
-    query, key, value = split_conv1d(fused, 3)
-    assert torch.equal(join_conv1d([query, key, value]), fused)
-    assert torch.equal(query, fused[..., :2].T if fused.ndim == 2 else fused[:2])
-
-
-@pytest.mark.parametrize("verbosity", [logging.ERROR, logging.INFO])
-@pytest.mark.parametrize("bars", [True, False])
-@pytest.mark.parametrize("fails", [True, False])
-def test_settings_of_transformers_are_restored(path, verbosity, bars, fails):
-    """Loading is silent, but the caller's own use of transformers is not."""
-    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
-    logging.set_verbosity(verbosity)
-    try:
-        if fails:
-            (path / WEIGHTS).write_bytes(b"")
-            with pytest.raises(InputError):
-                GPT2Model.from_pretrained(path)
-        else:
-            assert GPT2Model.from_pretrained(path).tokenizer
-        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (verbosity, bars)
-    finally:
-        logging.set_verbosity(before[0])
-        (logging.enable_progress_bar if before[1] else logging.disable_progress_bar)()
+def test_the_bundled_model_equals_transformers(ids):
+    """Its float16 file is computed in float32, and "tiny" names its folder."""
+    gpt, theirs = GPT2Model.from_pretrained(), transformers_model(ROOT / "data" / "tiny-gpt2")
+    with torch.no_grad():
+        assert_close(logits(gpt, ids), theirs(ids).logits, atol=1e-4, rtol=0)
+    assert gpt.name == "data/tiny-gpt2"
 
 
 def test_loading_prints_nothing(path, capfd):
     """transformers' bars and reports would drown the lines of a script."""
-    change_tensors(published)(path)
-    assert GPT2Model.from_pretrained(path).encode(TEXTS)
+    tensors_by(published)(path)
+    GPT2Model.from_pretrained(path).encode(TEXTS)
     assert capfd.readouterr() == ("", "")
 
 
@@ -499,36 +239,31 @@ def tensor(name, shape):
         if shape is not None:
             tensors[f"transformer.{name}"] = torch.zeros(shape)
 
-    return change_tensors(change)
+    return tensors_by(change)
 
 
 def add_to(name, value):
-    """Change one value of a tensor."""
+    """Change one value of a tensor; that of the head starts as the embedding."""
 
     def change(tensors):
         tensors[name] = tensors.get(name, tensors["transformer.wte.weight"]).clone()
         tensors[name].view(-1)[-1] += value
 
-    return change_tensors(change)
+    return tensors_by(change)
 
 
 def without(*names):
+    return lambda path: [(path / name).unlink() for name in names]
+
+
+def cut(name, text=None):
+    """A file of `text`, or half of what it was."""
+
     def form(path):
-        for name in names:
-            (path / name).unlink()
+        content = (path / name).read_bytes()
+        (path / name).write_bytes(content[: len(content) // 2] if text is None else text)
 
     return form
-
-
-def truncated(path):
-    content = (path / WEIGHTS).read_bytes()
-    (path / WEIGHTS).write_bytes(content[: len(content) // 2])
-
-
-def truncated_pickle(path):
-    pickled()(path)
-    content = (path / "pytorch_model.bin").read_bytes()
-    (path / "pytorch_model.bin").write_bytes(content[: len(content) // 2])
 
 
 def lost_shard(path):
@@ -536,49 +271,49 @@ def lost_shard(path):
     sorted(path.glob("model-*.safetensors"))[1].unlink()
 
 
-QUANTIZATION = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+def truncated_pickle(path):
+    pickled(path)
+    cut(PICKLE)(path)
+
+
 # Changes to the folder and a pattern of the error, which names what does not fit
 REJECTED = {
-    "relu": (config(activation_function="relu"), "activation_function.*relu"),
-    "gelu": (config(activation_function="gelu"), "activation_function.*gelu"),
-    "gelu_fast": (config(activation_function="gelu_fast"), "activation_function.*gelu_fast"),
-    "untied": (config(tie_word_embeddings=False), "tie_word_embeddings.*False"),
-    "unscaled": (config(scale_attn_weights=False), "scale_attn_weights.*False"),
-    "layer scale": (config(scale_attn_by_inverse_layer_idx=True), "inverse_layer_idx.*True"),
-    "cross-attention": (config(add_cross_attention=True), "add_cross_attention.*True"),
-    "n_inner": (config(n_inner=96), "n_inner.*96"),
-    "llama": (config(model_type="llama"), "model_type.*llama"),
-    "quantized": (config(quantization_config=QUANTIZATION), "quantization_config"),
-    "no n_layer": (config(n_layer=...), r"h\.10\."),
-    "heads": (config(n_head=5), r"32.*5"),
+    "gelu": (config(activation_function="gelu"), "activation_function to 'gelu'.*gelu_"),
+    "untied": (config(tie_word_embeddings=False), "tie_word_embeddings to False"),
+    "unscaled": (config(scale_attn_weights=False), "scale_attn_weights to False"),
+    "layer scale": (config(scale_attn_by_inverse_layer_idx=True), "inverse_layer_idx to True"),
+    "cross-attention": (config(add_cross_attention=True), "add_cross_attention to True"),
+    "n_inner": (config(n_inner=96), "n_inner to 96.*128"),
+    "llama": (config(model_type="llama"), "model_type to 'llama'"),
+    "quantized": (config(quantization_config={"load_in_4bit": True}), "quantization_config"),
+    "heads": (config(n_head=5), r"n_embd 32 .* n_head 5"),
     "text for a number": (config(n_layer="2"), "n_layer"),
     "negative": (config(n_embd=-32), "n_embd"),
-    "list": (lambda path: (path / "config.json").write_text("[1]"), r"config\.json"),
-    "broken config": (lambda path: (path / "config.json").write_text('{"n_'), r"config\.json"),
+    "huge": (config(n_layer=10**9), "n_layer"),
+    "list": (cut("config.json", b"[1]"), r"config\.json"),
+    "broken config": (cut("config.json"), r"config\.json"),
     "no config": (without("config.json"), r"config\.json"),
-    "missing": (tensor("h.1.mlp.c_fc.bias", None), r"lack.*h\.1\.mlp\.c_fc\.bias"),
-    "missing embedding": (tensor("wte.weight", None), r"lack.*wte\.weight"),
-    "missing norm": (tensor("ln_f.weight", None), r"lack.*ln_f\.weight"),
-    "extra layer": (tensor("h.2.ln_1.weight", (32,)), r"unknown.*h\.2\.ln_1\.weight"),
-    "ignored": (tensor("h.0.attn.bias_k", (32,)), r"unknown.*h\.0\.attn\.bias_k"),
-    "value head": (tensor("v_head.summary.weight", (1, 32)), r"unknown.*v_head"),
-    "fewer layers": (config(n_layer=1), r"unknown.*h\.1\."),
-    "more layers": (config(n_layer=3), r"lack.*h\.2\."),
+    "missing": (tensor("h.1.mlp.c_fc.bias", None), r"h\.1\.mlp\.c_fc\.bias is missing"),
+    "missing embedding": (tensor("wte.weight", None), r"wte\.weight is missing"),
+    "extra layer": (tensor("h.2.ln_1.weight", (32,)), r"h\.2\.ln_1\.weight is unknown"),
+    "value head": (tensor("v_head.summary.weight", (1, 32)), "v_head.* is unknown"),
+    "like a mask": (tensor("h.0.attn.bias_k", (32,)), r"h\.0\.attn\.bias_k is unknown"),
+    "fewer layers": (config(n_layer=1), r"h\.1\..* is unknown"),
+    "more layers": (config(n_layer=3), r"h\.2\..* is missing"),
     "positions": (tensor("wpe.weight", (63, 32)), r"wpe\.weight.*\(63, 32\).*\(64, 32\)"),
     "vocabulary": (config(vocab_size=301), r"wte\.weight.*\(300, 32\).*\(301, 32\)"),
     "not transposed": (tensor("h.0.mlp.c_fc.weight", (128, 32)), r"h\.0\.mlp\.c_fc\.weight"),
-    "fused, narrow": (tensor("h.0.attn.c_attn.weight", (32, 64)), r"h\.0\.attn\.c_attn\.weight"),
-    "fused, scalar": (tensor("h.0.attn.c_attn.bias", ()), r"h\.0\.attn\.c_attn\.bias"),
-    "one value": (tensor("h.0.ln_1.bias", (1,)), r"h\.0\.ln_1\.bias"),
-    "another head": (add_to("lm_head.weight", 1), r"lm_head\.weight"),
-    "NaN": (add_to("transformer.h.1.mlp.c_proj.weight", torch.nan), r"h\.1\.mlp\.c_proj\.weight"),
-    "infinite": (add_to("transformer.wpe.weight", torch.inf), r"wpe\.weight"),
-    "no weights": (without(WEIGHTS), "no weights"),
-    "truncated": (truncated, re.escape(WEIGHTS)),
-    "truncated pickle": (truncated_pickle, r"pytorch_model\.bin"),
-    "empty": (lambda path: (path / WEIGHTS).write_bytes(b""), re.escape(WEIGHTS)),
-    "lost shard": (lost_shard, r"model-0000"),
-}  # fmt: skip
+    "another head": (add_to("lm_head.weight", 1), r"lm_head\.weight differs"),
+    "NaN": (add_to("transformer.h.1.ln_2.weight", torch.nan), r"h\.1\.ln_2\.weight is not finite"),
+    "infinite": (add_to("transformer.wpe.weight", torch.inf), r"wpe\.weight is not finite"),
+    "no weights": (without(WEIGHTS), "weights cannot be read"),
+    "truncated": (cut(WEIGHTS), "weights cannot be read"),
+    "truncated pickle": (truncated_pickle, "weights cannot be read"),
+    "lost shard": (lost_shard, "weights cannot be read"),
+    "no tokenizer": (without("tokenizer.json"), "no tokenizer"),
+    "broken tokenizer": (cut("tokenizer.json"), "tokenizer cannot be read"),
+    "empty tokenizer": (cut("tokenizer.json", b"{}"), "tokenizer cannot be read"),
+}
 
 
 @pytest.mark.parametrize("problem", REJECTED)
@@ -586,18 +321,15 @@ def test_a_folder_that_does_not_fit_is_rejected_by_name(path, problem):
     """transformers loads most of these without a word, as another model."""
     change, message = REJECTED[problem]
     change(path)
-    with pytest.raises(InputError, match=f"(?s){message}"):
+    with pytest.raises(InputError, match=f"(?s){path}.*{message}"):
         GPT2Model.from_pretrained(path)
 
 
-@pytest.mark.parametrize("n_layer", [300, 10**9])
-def test_a_huge_configuration_is_rejected_at_once(path, n_layer):
-    """A malformed number must not allocate a model first."""
-    change_json(path / "config.json", n_layer=n_layer)
-    start = time.perf_counter()
-    with pytest.raises(InputError, match=f"n_layer.*{n_layer}"):
-        GPT2Model.from_pretrained(path)
-    assert time.perf_counter() - start < 2
+@pytest.mark.parametrize("name", ["gpt3", "no/such/folder", ""])
+def test_an_unknown_model_is_named(name):
+    """The error lists the sizes."""
+    with pytest.raises(InputError, match=f"{name}.*tiny, gpt2.*gpt2-xl"):
+        GPT2Model.from_pretrained(name)
 
 
 class Malicious:
@@ -613,62 +345,57 @@ class Malicious:
 @pytest.mark.parametrize(
     "write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))]
 )
-def test_a_pickle_runs_no_code(path, tmp_path, write):
-    """The error does not pass on torch's advice to load such a file without checks."""
-    trace = tmp_path / "trace"
-    (path / WEIGHTS).unlink()
-    write({"transformer.wte.weight": Malicious(trace)}, path / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"pytorch_model\.bin") as caught:
-        GPT2Model.from_pretrained(path)
-    assert not trace.exists()
-    assert not re.search(r"weights_only|trust|unsafe|safe_globals|\bpickle", str(caught.value))
-
-
-def test_no_code_of_a_folder_runs(path, tmp_path):
-    """trust_remote_code is never set, neither for the model nor for the tokenizer."""
+@pytest.mark.parametrize("name", [WEIGHTS, PICKLE])
+def test_a_folder_runs_no_code(path, tmp_path, write, name):
+    """Neither that of a pickle nor Python files that its settings name."""
     trace = tmp_path / "trace"
     (path / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass Evil: pass\n")
-    classes = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
-    change_json(path / "config.json", auto_map=classes)
-    tokenizer = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
-    change_json(path / "tokenizer_config.json", **tokenizer)
+    change_json(path / "config.json", auto_map={"AutoConfig": "evil.Evil"})
+    evil = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    change_json(path / "tokenizer_config.json", **evil)
     assert GPT2Model.from_pretrained(path).encode(["a rose"])
+    (path / WEIGHTS).unlink()
+    write({"transformer.wte.weight": Malicious(trace)}, path / name)
+    with pytest.raises(InputError, match="weights cannot be read"):
+        GPT2Model.from_pretrained(path)
     assert not trace.exists()
 
 
-def test_sizes_that_a_caller_expects_are_checked(folder):
-    """The course's code passes d, l and num_heads, which used to be ignored."""
-    assert GPT2Model.from_pretrained(folder, d=32, l=2, num_heads=4).config.n_embd == 32
-    for name, wrong in {"d": 48, "l": 12, "num_heads": 12}.items():
-        with pytest.raises(InputError, match=f"{name}=.*{wrong}"):
-            GPT2Model.from_pretrained(folder, **{name: wrong})
+HUB = """
+import sys, time
+from config import InputError
+from models.gpt2 import GPT2Model
+for name in sys.argv[1:]:
+    started = time.perf_counter()
+    try:
+        result = GPT2Model.from_pretrained(name).name
+    except InputError as error:
+        result = str(error)
+    print(result, time.perf_counter() - started < 10, sep="|")
+"""
 
 
-@pytest.mark.parametrize("name", ["gpt3", "no/such/folder", ""])
-def test_an_unknown_model_is_named(name):
-    """The error lists the sizes."""
-    with pytest.raises(InputError, match=f"{name}.*gpt2-xl"):
-        GPT2Model.from_pretrained(name)
+def test_the_cache_of_the_hub(path, tmp_path):
+    """Both names of a model are found without asking the hub, which refuses connections here.
 
-
-def test_an_adapter_is_not_a_model(path):
-    """A folder that holds an adapter names its base model."""
-    change_json(path / "adapter_config.json", peft_type="LORA")
-    with pytest.raises(InputError, match="adapter"):
-        GPT2Model.from_pretrained(path)
-
-
-def test_a_folder_without_tokenizer_is_named_when_text_is_read(path):
-    """Weights alone do load; no other tokenizer replaces the missing one."""
-    (path / "tokenizer.json").unlink()
-    gpt = GPT2Model.from_pretrained(path)
-    with pytest.raises(InputError, match=f"{path}.*no tokenizer"):
-        gpt.encode(["rose"])
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"model": {}}'])
-def test_a_broken_tokenizer_is_named(path, content):
-    """Its own errors have no type and do not name the file."""
-    (path / "tokenizer.json").write_text(content)
-    with pytest.raises(InputError, match=f"{path}.*tokenizer"):
-        load_tokenizer(path)
+    Models that are not or only partly in the cache are refused at once, with the ways out.
+    """
+    vocab_and_merges(path)
+    for cached in ("gpt2", "openai-community/gpt2-medium", "gpt2-large"):
+        place = tmp_path / "hub" / f"models--{cached.replace('/', '--')}"
+        snapshot = shutil.copytree(path, place / "snapshots" / ("0" * 40))
+        (place / "refs").mkdir()
+        (place / "refs" / "main").write_text("0" * 40)
+    (snapshot / WEIGHTS).unlink()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    found = [f"{owner}{name}" for name in SIZES[:2] for owner in ("", HUB_ORGANIZATION)]
+    command = [sys.executable, "-c", HUB, *found, *SIZES[2:]]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = [line.split("|") for line in result.stdout.splitlines()]
+    assert [name for name, _ in lines[:4]] == found
+    for error, _ in lines[4:]:
+        assert "is not in the local cache and cannot be downloaded" in error
+        assert all(way in error for way in ("--model_size tiny", "folder", "HF_HOME"))
+    assert [quick for _, quick in lines] == ["True"] * 6
