@@ -86,10 +86,10 @@ def pair_metrics(logits: Tensor, dataset: PairsDataset) -> tuple[dict[str, float
     The frame has `id`, `loss`, `predicted`, `probability` (of yes) and `label` of each pair.
     """
     losses, predicted = F.cross_entropy(logits, dataset.labels, reduction="none"), logits.argmax(1)
-    pairs = pd.DataFrame({"id": dataset.ids, "loss": losses, "predicted": predicted})
-    pairs["probability"] = logits.softmax(1)[:, 1]
+    columns = {"loss": losses, "predicted": predicted, "probability": logits.softmax(1)[:, 1]}
+    columns = {name: values.numpy() for name, values in columns.items()}
     metrics = {"loss": losses.mean().item(), **classification_metrics(predicted, dataset.labels)}
-    return metrics, pairs.assign(label=dataset.labels)
+    return metrics, pd.DataFrame({"id": dataset.ids, **columns, "label": dataset.labels.numpy()})
 
 
 def metrics_table(metrics: dict[str, float]) -> str:
