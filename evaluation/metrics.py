@@ -34,8 +34,9 @@ def language_model_metrics(
         losses.append(model.loss(**{name: tensor.to(device) for name, tensor in batch.items()}))
     texts = pd.DataFrame({"id": dataset.ids, "loss": torch.stack(losses).tolist()})
     texts["tokens"] = dataset.lengths
-    total = (texts["loss"] * texts["tokens"]).sum()
-    loss = total / texts["tokens"].sum()
+    # Numbers of numpy could not be read from a resume state.
+    total = float((texts["loss"] * texts["tokens"]).sum())
+    loss = total / sum(dataset.lengths)
     metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
     return metrics | {"bits_per_character": total / math.log(2) / dataset.characters}, texts
 
