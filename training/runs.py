@@ -50,8 +50,8 @@ class Run:
         except (FileExistsError, NotADirectoryError):
             raise InputError(f"{self.folder} is a file, or inside of one; name a folder") from None
         lock(self.folder)
-        for leftover in self.folder.glob(".*.tmp"):  # of a process that was killed
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        for leftover in list(self.folder.rglob(".*.tmp")):  # of a process that was killed
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
         path = self.folder / "config.json"
         config = json.loads(json.dumps({"options": options, **inputs, **environment()}))
         if path.is_file():
