@@ -82,7 +82,10 @@ def main():
                 failures += not same
                 if not same:
                     print(f"{kind}, killed at change {at}: another outcome")
-            print(f"{kind}: {len(points)} kills at {changes} changes of files, {failures} failures")
+            print(
+                f"{kind}: {len(points)} kills at {changes} changes of files, {failures} failures",
+                flush=True,
+            )
     sys.exit(failures > 0)
 
 
