@@ -126,9 +126,10 @@ def main(options: Namespace) -> None:
         model = ParaphraseGPT.from_pretrained(run.best).to(hardware.device)
     metrics, logits, results = evaluate(model, datasets, hardware)
     outputs = format_predictions(datasets, logits)
-    for name, text in outputs.items():
-        for path in (Path(vars(options)[name]), run.folder / "predictions" / f"{name}.csv"):
-            write_text(path, text)
+    for split in SPLITS[1:]:
+        text = outputs[f"para_{split}_out"]
+        write_text(vars(options)[f"para_{split}_out"], text)
+        write_text(run.folder / "predictions" / f"para-{split}-output.csv", text)
     write_csv(run.folder / "per_text.csv", join_texts(results, pairs))
     settings = {"dataset": options.dataset, **model.settings}
     usage = f'`python paraphrase_detection.py --predict {run.best} --pair "one" "another"`'
