@@ -67,6 +67,9 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     options = opt.parse(parser, arguments, REPORT)
     if options.use_lora and options.freeze_gpt:
         raise InputError("--use_lora trains GPT-2 and --freeze_gpt does not; remove one of them")
+    penalties = [f"--{name}" for name in PENALTIES if vars(options)[name] is not None]
+    if penalties and options.pooling != "multihead":
+        raise InputError(f"{penalties[0]} needs --pooling multihead, not {options.pooling}")
     if options.pair_encoding is None:  # tiny hardly learns to compare texts within a prompt
         options.pair_encoding = "separate" if opt.is_tiny(options.model_size) else "joint"
     choose_files(options)
@@ -151,7 +154,10 @@ def read_split(options: Namespace, split: str) -> pd.DataFrame:
 
 def make_dataset(model: ParaphraseGPT, split: str, pairs: pd.DataFrame) -> PairsDataset:
     """The pairs as tokens; prints which are skipped or truncated."""
-    dataset = PairsDataset(pairs, model.gpt, model.settings["pair_encoding"])
+    try:
+        dataset = PairsDataset(pairs, model.gpt, model.settings["pair_encoding"])
+    except InputError as error:
+        raise InputError(f"the {split} pairs: {error}") from error
     lines = {"skipped (a text or the label is missing)": dataset.skipped_lines}
     lines |= {"truncated": dataset.truncated_lines}
     for problem, numbers in lines.items():

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from config import ROOT, InputError, SamplingConfig
+from config import ROOT, InputError, SamplingConfig, check_number
 from datasets import (
     SonnetsDataset,
     continuation,
@@ -57,6 +57,8 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     add("--num_samples", type=int, default=1, metavar="N", help="continuations of each --prompt")
     add("--score", metavar="FILE", help="no model: metrics of generated sonnets against test")
     options = opt.parse(parser, arguments, REPORT)
+    check_number("num_samples", options.num_samples, (1, 2**31), int)
+    opt.from_options(SamplingConfig, options)  # or bad values would be found after training
     check_outputs(options, "sonnet_out")
     return options
 

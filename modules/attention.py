@@ -45,8 +45,9 @@ class DotProductAttention(nn.Module):
         `mask` (B, 1, T, cached + T) is True where a query may attend; None means causal.
         """
         p = self.dropout if self.training else 0.0
-        # A single query is the last token, which attends to all cached ones.
-        is_causal = mask is None and query.shape[2] > 1
+        is_causal = mask is None
+        if query.shape[2] == 1:  # the last token, which attends to all cached ones
+            is_causal = False  # (as an expression, torch.compile would see a symbol, not a bool)
         return F.scaled_dot_product_attention(query, key, value, mask, p, is_causal)
 
 

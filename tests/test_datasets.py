@@ -1,237 +1,376 @@
-"""Sonnets: files to frames, frames to batches, and the order of an epoch."""
+"""Files to frames, exactly or not at all; frames to batches."""
 
-import dataclasses
+import csv
+import io
+import re
+import subprocess
+import sys
 
+import pandas as pd
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+import datasets
 from config import ROOT, InputError
 from datasets import (
     IGNORE_INDEX,
+    PairsDataset,
     SonnetsDataset,
-    bucketed_batches,
     continuation,
+    make_pairs,
+    note_repeated_texts,
+    prompt,
+    read_pairs,
     read_sonnets,
+    read_text,
     sonnet_prompt,
     verse_lines,
 )
 
-BUNDLED = {"train": range(1, 132), "dev": range(132, 144), "test": range(144, 155)}
-NUMBERED = """THE SONNETS
-
-by William Shakespeare
-
-
-1
-
-From fairest creatures we desire increase,
-That thereby beauty's rose might never die,
-  Pity the world, or else this glutton be,
-
-2
-
-When forty winters shall besiege thy brow,
-
-"""
+HEADER = "\tid\tsentence1\tsentence2\tis_duplicate\n"
+TABLE = HEADER + "0\ta\tWhat is rice?\tWhat's rice?\t1.0\n1\tb\tWhy so?\tWhere?\t0.0\n"
+PAIRS = [["a", "What is rice?", "What's rice?", 1.0], ["b", "Why so?", "Where?", 0.0]]
+NUMBERED = "THE SONNETS\n\n1\n\nFrom fairest,\n  That thereby\n\n 2\n\nWhen forty\n\n"
+generated = settings(
+    max_examples=100,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 
 @pytest.fixture
 def read(tmp_path):
-    """Write a file and read its sonnets as pairs of id and text."""
+    """Read a file of these contents, a table of pairs unless it has another name, as records."""
 
-    def run(name, content):
+    def run(content, name="pairs.csv"):
         path = tmp_path / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        sonnets = read_sonnets(path)
-        return list(zip(sonnets["id"], sonnets["text"], strict=True))
+        frame = read_pairs(path) if name == "pairs.csv" else read_sonnets(path)
+        return frame.astype(object).where(frame.notna(), None).values.tolist()
 
     return run
 
 
-@pytest.mark.parametrize("split", BUNDLED)
-def test_bundled_files(split):
-    """All sonnets are complete: 99 and 126 have 15 and 12 lines, couplets except 25's indents."""
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_bundled_sonnets_are_complete(split):
+    """Sonnets 1 to 154: 99 and 126 have 15 and 12 lines, and only couplets are indented."""
     sonnets = read_sonnets(ROOT / "data" / f"Shakespeare_Sonnets_{split}.csv")
-    assert sonnets["id"].tolist() == list(BUNDLED[split])
+    numbers = {"train": range(1, 132), "dev": range(132, 144), "test": range(144, 155)}[split]
+    assert sonnets["id"].tolist() == list(numbers)
     for number, text in zip(sonnets["id"], sonnets["text"], strict=True):
-        lines = verse_lines(text)
-        assert len(lines) == {99: 15, 126: 12}.get(number, 14)
-        assert [line.startswith("  ") for line in lines[-2:]] == [number != 25] * 2
-        assert not any(line.startswith(" ") for line in lines[:3])
+        assert len(verse_lines(text)) == {99: 15, 126: 12}.get(number, 14)
+        assert sonnet_prompt(text) + continuation(text) == text
 
 
 def test_prompt_and_continuation():
-    """The prompt is the first three lines; together with the continuation it is the sonnet."""
-    text = "one\ntwo\nthree\nfour\n  five"
-    assert sonnet_prompt(text) == "one\ntwo\nthree\n"
-    assert continuation(text) == "four\n  five"
-    assert continuation("one\n\ntwo\nthree\n\nfour\n  five\n") == "four\n  five"  # no empty lines
+    assert sonnet_prompt("one\n\ntwo\nthree\nfour\n  five") == "one\ntwo\nthree\n"
+    assert continuation("one\n\ntwo\nthree\nfour\n  five\n") == "four\n  five"
     assert continuation("one\ntwo\nthree\n") == ""
 
 
-@pytest.mark.parametrize(
-    "encode",
-    [
-        lambda text: text.encode(),
-        lambda text: text.replace("\n", "\r\n").encode(),
-        lambda text: text.replace("\n", "\r").encode(),
-        lambda text: text.replace("\n", "\r\n", 7).encode(),
-        lambda text: text.encode("utf-8-sig"),
-        lambda text: text[text.index("1\n") :].encode("utf-8-sig"),
-        lambda text: text.replace(",\n", ", \t\n").encode(),
-    ],
-    ids=["as is", "CRLF", "CR", "mixed", "BOM", "BOM before the number", "space at line ends"],
-)
-def test_numbered_text_is_read(read, encode):
-    """The course's format, as any editor may have saved it: header, number, empty line, lines."""
-    assert read("sonnets.txt", encode(NUMBERED)) == [
-        (1, NUMBERED[NUMBERED.index("From") : NUMBERED.index("\n\n2\n")]),
-        (2, "When forty winters shall besiege thy brow,"),
-    ]
-
-
-def test_text_before_the_first_number_is_named(read, capsys):
-    """A title, or a sonnet whose number is missing, which must not be lost silently."""
-    read("sonnets.txt", "When forty winters\nshall besiege\n\n2\n\nabc\n")
-    expected = "not read: When forty winters shall besiege\n"
-    assert capsys.readouterr().out.endswith(expected)
-    read("sonnets.txt", "\n1\n\nabc\n")
-    assert capsys.readouterr().out == ""
-
-
-def test_csv_with_quotes_commas_and_line_breaks(read):
-    """Line breaks inside a quoted field belong to the text; other columns are ignored."""
-    content = b'\xef\xbb\xbfnote,id,text\r\n,5,"He said ""so"",\r\n  and went"\r\n\r\nx, 6 ,a "b"\n'
-    assert read("sonnets.CSV", content) == [(5, 'He said "so",\n  and went'), (6, 'a "b"')]
-
-
-BROKEN = {
-    "empty": ("x.txt", "", "no sonnet"),
-    "no number": ("x.txt", "a line\nanother\n", "no sonnet"),
-    "empty csv": ("x.csv", "", "no column id, text"),
-    "white space csv": ("x.csv", " \n", "no column id, text"),
-    "header alone": ("x.csv", "id,text\n", "no sonnet"),
-    "missing column": ("x.csv", "id,sonnet\n1,abc\n", "no column text.*id, sonnet"),
-    "id column twice": ("x.csv", "id,id,text\n1,1,abc\n", "id"),
-    "text column twice": ("x.csv", "id,text,text\n1,abc,def\n", "text"),
-    "not a number": ("x.csv", "id,text\n1,abc\none,abc\n", "id 'one' is not the number"),
-    "fewer fields": ("x.csv", "id,text\n1,abc\n2\n", "line 3: 1 fields.*header has 2"),
-    "comma without quotes": ("x.csv", "id,text\n1,abc, def\n", "line 2: 3 fields"),
-    "open quote": ("x.csv", 'id,text\n1,"abc\n', "line 2.*quote"),
-    "quote of another sonnet": ("x.csv", 'id,text\n1,"abc\n2,"def"\n', "line 3.*quote"),
-    "text after a quote": ("x.csv", 'id,text\n1,"abc" def\n', "line 2.*quote"),
-    "not utf-8": ("x.txt", b"1\n\ncaf\xe9\n", "not UTF-8 .byte 6"),
-    "nul": ("x.txt", b"1\n\nab\0c\n", "NUL"),
-    "nul in csv": ("x.csv", b"id,text\n1,ab\0c\n", "NUL"),
-    "utf-16": ("x.txt", "1\n\nabc\n".encode("utf-16"), "not UTF-8"),
-    "utf-16 without a mark": ("x.txt", "1\n\nabc\n".encode("utf-16-le"), "NUL"),
-    "no text": ("x.txt", "1\n\n2\n\nabc\n", "sonnet 1 has 0 characters"),
-    "blank text": ("x.csv", "id,text\n1,  \n", "sonnet 1 has 0 characters"),
-    "twice": ("x.txt", "1\n\nabc\n\n1\n\ndef\n", "id 1 occurs more than once"),
-    "twice in csv": ("x.csv", "id,text\n1,abc\n01,def\n", "id 1 occurs more than once"),
+EDITORS = {
+    "as is": str.encode,
+    "CRLF": lambda text: text.replace("\n", "\r\n").encode(),
+    "CR": lambda text: text.replace("\n", "\r").encode(),
+    "mixed": lambda text: text.replace("\n", "\r\n", 1).encode(),
+    "BOM": lambda text: text.encode("utf-8-sig"),
+    "no line end": lambda text: text.rstrip("\n").encode(),
+    "blank lines": lambda text: (text + "\n\n").encode(),
 }
 
 
-@pytest.mark.parametrize(("name", "content", "message"), BROKEN.values(), ids=BROKEN)
-def test_broken_files_are_rejected(read, name, content, message):
-    """No sonnet is dropped silently: the message names the file, and the line if there is one."""
-    with pytest.raises(InputError, match=rf"{name}.*{message}"):
-        read(name, content)
+@pytest.mark.parametrize("encode", EDITORS.values(), ids=EDITORS)
+def test_what_editors_do_to_a_file_is_undone(read, capsys, encode):
+    sonnets = [[1, "From fairest,\n  That thereby"], [2, "When forty"]]
+    assert read(encode(NUMBERED), "sonnets.txt") == sonnets
+    assert "not read: THE SONNETS\n" in capsys.readouterr().out
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([["id", "text"], *sonnets])
+    assert read(encode(file.getvalue()), "sonnets.csv") == sonnets
+    assert read(encode(TABLE)) == PAIRS
 
 
-@pytest.mark.parametrize("name", ["absent.csv", "."])
-def test_missing_files_are_named(tmp_path, name):
-    """The message also says what to use instead."""
-    with pytest.raises(InputError, match=r"cannot be read.*bundled sonnets"):
-        read_sonnets(tmp_path / name)
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (re.sub(r"(?m)^[^\t]*\t", "", TABLE), PAIRS),  # without the index column
+        (TABLE.replace(".0\n", "\n"), PAIRS),
+        (re.sub(r"\t(a|b|[01].0)\b", "\t \\1 ", TABLE), PAIRS),
+        (re.sub(r"([^\t\n]+)", r'"\1"', TABLE), PAIRS),
+        ("line\tid\tsentence1\tx\tsentence2\tx\n7\ta\ty\t8\tNA\t9\n", [["a", "y", "NA", None]]),
+        (HEADER + "0\ta\t  x\ty \t\n", [["a", "  x", "y ", None]]),
+        (HEADER + '0\ta\t"x\n\nz"\ty\t1\n', [["a", "x\n\nz", "y", 1.0]]),
+        # The course's files quote a text with quotes twice.
+        (HEADER + '0\ta\t"""What is """"x""""?"""\ty\t1\n', [["a", 'What is "x"?', "y", 1.0]]),
+        # One stray quote shows that the quotes of this file are characters.
+        (
+            HEADER + '0\ta\t"x?\tis "y"?\t1\n1\tb\t"z\tw\t0\n',
+            [["a", '"x?', 'is "y"?', 1.0], ["b", '"z', "w", 0.0]],
+        ),
+        (HEADER + f"0\ta\t{'x' * 200_000}\ty\t1\n", [["a", "x" * 200_000, "y", 1.0]]),
+    ],
+)
+def test_pairs_are_exact(read, content, expected):
+    """Index column, spaces, quoting, other columns, missing labels, long fields."""
+    assert read(content) == expected
 
 
-TEXTS = ("From fairest", "But as the riper should by time decease", "thy brow,\n  And dig")
+BROKEN_PAIRS = {
+    "empty": ("", "no column id, sentence1, sentence2"),
+    "missing column": ("id\tsentence1\n1\tx\n", "no column sentence2"),
+    "column twice": ("id\tsentence1\tsentence1\tsentence2\n1\tx\ty\tz\n", "no column sentence1"),
+    "commas": ("id,sentence1,sentence2\n1,x,y\n", "no column id"),
+    "too many fields": (TABLE + "2\tc\tx\ty\tz\t1\n", "line 4: 6 fields; the header has 5"),
+    "too few fields": (TABLE + "2\tc\tx\ty\n", "line 4: 4 fields; the header has 5"),
+    "open quote": (TABLE + '2\tc\t"x\nx"\ty\t1\n3\td\t"x\ty\t1\n', "line 6: .*quote"),
+    "quote that swallows": (HEADER + '0\ta\t"x\ty\t1\n1\tb\tx"\ty\t0\n2\tc\t"z\nz"\ty\t0\n', "line 3"),
+    "tab in quotes": (HEADER + '0\ta\t"x\tz"\ty\t1\n', "line 2: a field contains a tab"),
+    "label": (TABLE + "2\tc\tx\ty\tyes\n", "line 4: label is 'yes'"),
+    "label nan": (TABLE + "2\tc\tx\ty\tnan\n", "line 4: label is 'nan'"),
+    "no id": (HEADER + "0\t \tx\ty\t1\n", "line 2: id is ''"),
+    "comma in an id": (HEADER + "0\ta,b\tx\ty\t1\n", "line 2: id is 'a,b'"),
+    "id twice": (TABLE + "2\ta\tx\ty\t1\n", "the id a occurs more than once"),
+    "UTF-16": (TABLE.encode("utf-16"), "not UTF-8 .byte 0"),
+    "UTF-16 without a mark": (TABLE.encode("utf-16-le"), "NUL bytes"),
+    "Latin-1": (HEADER.encode() + b"0\ta\tcaf\xe9\ty\t1\n", "not UTF-8 .byte 44"),
+}  # fmt: skip
+BROKEN_SONNETS = {
+    "empty": ("", "contains no sonnet"),
+    "no number": ("From fairest\n", "contains no sonnet"),
+    "no lines": ("1\n\na b\n\n2\n", "sonnet 2 is empty"),
+    "number twice": ("1\na\n1\nb\n", "the id 1 occurs more than once"),
+    "NUL": ("1\na\0b\n", "NUL bytes"),
+    "csv: columns": ("number,poem\n1,a\n", "no column id, text"),
+    "csv: header alone": ("id,text\n", "contains no sonnet"),
+    "csv: number": ("id,text\n1,a\none,b\n", "line 3: id is 'one'"),
+    "csv: open quote": ('id,text\n1,"a\nb\n', "line 3: .*quote"),
+    "csv: fields": ("id,text\n1,a,b\n", "line 2: 3 fields"),
+}
 
 
-@pytest.fixture
-def make(tmp_path, gpt):
-    """Make a SonnetsDataset of texts, numbered from 1."""
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("pairs.csv", *case) for case in BROKEN_PAIRS.values()]
+    + [(f"sonnets.{'csv' if 'csv' in kind else 'txt'}", *BROKEN_SONNETS[kind]) for kind in BROKEN_SONNETS],
+    ids=[*BROKEN_PAIRS, *BROKEN_SONNETS],
+)  # fmt: skip
+def test_broken_files_are_named(read, name, content, message):
+    """The message names the file, the line if there is one, and what is wrong; it stays short."""
+    with pytest.raises(InputError, match=rf"{name}.*{message}") as caught:
+        read(content, name)
+    assert len(str(caught.value)) < 600
 
-    def run(*texts):
-        path = tmp_path / "sonnets.txt"
-        path.write_text("".join(f"{number}\n{text}\n" for number, text in enumerate(texts, 1)))
-        return SonnetsDataset(read_sonnets(path), gpt)
 
-    return run
+def test_a_missing_file_is_named(tmp_path):
+    for path in (tmp_path / "absent.csv", tmp_path):
+        with pytest.raises(InputError, match=re.escape(f"{path} cannot be read")):
+            read_text(path)
 
 
-def test_labels_are_the_next_tokens_and_the_end_of_text(gpt, make):
+PIECES = ['"', '""', "'", " ", ",", "\\", "#", "NA", "1.0", "é", "😀", "\ufeff", "\u2028", "\x0c"]
+CHARACTERS = st.characters(exclude_characters="\t\r\n\0", exclude_categories=["Cs"])
+LINE = st.lists(st.sampled_from(PIECES) | st.text(CHARACTERS, max_size=3), max_size=6).map("".join)
+LINES = st.lists(LINE, min_size=1, max_size=3).map("\n".join)
+
+
+def tables(texts):
+    """Records of an id, two texts and a label or None."""
+    record = st.tuples(texts, texts, st.sampled_from([0.0, 1.0, None]))
+    records = st.lists(record, min_size=1, max_size=6)
+    return records.map(lambda rows: [[f"p{number}", *row] for number, row in enumerate(rows)])
+
+
+def expected(records):
+    """What is read: texts that are still quoted, with quotes inside, are unquoted once."""
+    return [[r[0], *map(datasets.undo_double_quoting, r[1:3]), r[3]] for r in records]
+
+
+@generated
+@given(records=tables(LINES), quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
+def test_what_csv_writes_is_read_back(read, records, quoting):
+    file = io.StringIO()
+    writer = csv.writer(file, delimiter="\t", lineterminator="\n", quoting=quoting)
+    writer.writerows([HEADER.split(), *records])
+    assert read(file.getvalue()) == expected(records)
+
+
+@generated
+@given(records=tables(LINE), end=st.sampled_from(["\n", "\r\n", "\r"]))
+def test_files_without_quoting_are_read_back(read, records, end):
+    """Quotes are quoting only if every field that contains one is quoted completely."""
+    rows = ["\t".join("" if f is None else str(f) for f in row) for row in records]
+    fields = [field for row in records for field in row[1:3] if '"' in field]
+    if all(re.fullmatch(datasets.QUOTED_FIELD, field) for field in fields):
+        unquote = lambda f: f[1:-1].replace('""', '"') if '"' in f else f  # noqa: E731
+        records = [[r[0], unquote(r[1]), unquote(r[2]), r[3]] for r in records]
+    assert read(end.join(["\t".join(HEADER.split()), *rows])) == expected(records)
+
+
+@generated
+@given(records=tables(LINES), data=st.data())
+def test_damaged_tables_lose_no_character(read, records, data):
+    """With quotes, tabs and line breaks in any place, a file is read completely or rejected."""
+    body = "\n".join("\t".join("" if f is None else str(f) for f in row) for row in records)
+    for _ in range(data.draw(st.integers(0, 3))):
+        place = data.draw(st.integers(0, len(body)))
+        body = body[:place] + data.draw(st.sampled_from(['"', "\n", "\t", '"\t"'])) + body[place:]
+    content = "\t".join(HEADER.split()) + "\n" + body
+    try:
+        fields = ["" if field is None else str(field) for row in read(content) for field in row]
+    except InputError:
+        return
+    characters = [re.sub(r'["\s]|[.]0', "", text) for text in ("".join(fields), body)]
+    assert characters[0] == characters[1]
+
+
+@generated
+@given(
+    content=st.binary(max_size=200)
+    | st.lists(LINES | st.sampled_from(["\t", "1", "id,text"])).map("\n".join)
+)
+@pytest.mark.parametrize("name", ["pairs.csv", "sonnets.csv", "sonnets.txt"])
+def test_any_file_is_read_or_an_input_error(read, name, content):
+    try:
+        assert all(read(content, name))
+    except InputError as error:
+        assert name in str(error)
+
+
+@generated
+@given(
+    texts=st.lists(
+        LINES.filter(lambda t: t.strip() and not re.search(r"(?m)^[ \t]*\d+[ \t]*$", t)),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_sonnets_are_read_back_from_both_formats(read, texts):
+    """But for blanks at the ends of lines and blank lines at the ends of a text."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([["id", "text"], *enumerate(texts, 1)])
+    clean = [re.sub(r"(?m)[ \t]+$", "", text).strip("\n") for text in texts]
+    assert read(file.getvalue(), "sonnets.csv") == list(map(list, enumerate(clean, 1)))
+    numbered = "".join(f"\n{number}\n\n{text}\n" for number, text in enumerate(texts, 1))
+    assert read(numbered, "sonnets.txt") == list(map(list, enumerate(clean, 1)))
+
+
+TEXTS = ["From fairest", "But as the riper should by time decease", "thy brow,\n  And dig"]
+
+
+def test_labels_are_the_next_tokens(gpt):
     """The end-of-text token is the last target of each text; padding is never a target."""
-    data = make(*TEXTS)
-    batch = data.collate([1, 0, 2])
-    encoded = gpt.encode([TEXTS[1], TEXTS[0], TEXTS[2]])
-    width = max(map(len, encoded))
-    for index, ids in enumerate(encoded):
-        padding = width - len(ids)
-        targets = [*ids[1:], gpt.end_of_text]
-        assert batch["input_ids"][index, : len(ids)].tolist() == ids
-        assert batch["labels"][index].tolist() == targets + [IGNORE_INDEX] * padding
-    assert batch.keys() == {"input_ids", "labels"}  # what the loss needs
-    assert batch["input_ids"].shape == batch["labels"].shape == (3, width)
-    assert data.num_targets([1, 0, 2]) == sum(map(len, encoded))
-    assert data.num_targets([2]) == (data.collate([2])["labels"] != IGNORE_INDEX).sum()
-    assert data.lengths == [len(ids) + 1 for ids in gpt.encode(list(TEXTS))]
+    data = SonnetsDataset(pd.DataFrame({"id": range(3), "text": TEXTS}), gpt)
+    batch = data.collate([1, 0])
+    encoded = gpt.encode([TEXTS[1], TEXTS[0]])
+    for inputs, labels, ids in zip(batch["input_ids"], batch["labels"], encoded, strict=True):
+        assert inputs[: len(ids)].tolist() == ids
+        padding = [IGNORE_INDEX] * (len(labels) - len(ids))
+        assert labels.tolist() == [*ids[1:], gpt.end_of_text, *padding]
+    assert data.num_targets([1, 0]) == sum(map(len, encoded))
+    long = pd.DataFrame({"id": [7, 8], "text": ["z" * 64, "z" * 65]})
+    assert SonnetsDataset(long[:1], gpt).lengths == [64]
+    with pytest.raises(InputError, match="sonnet 8 has 65 tokens; the model reads 64"):
+        SonnetsDataset(long, gpt)
 
 
-def test_characters_are_those_of_the_targets(gpt, make):
-    """Bits per character exclude the first token and count the end of the text as one."""
-    data = make(*TEXTS)
-    batch = data.collate([0, 2])
-    texts = [gpt.decode(labels[labels != IGNORE_INDEX]) for labels in batch["labels"]]
-    for text, target in zip((TEXTS[0], TEXTS[2]), texts, strict=True):
-        assert gpt.decode(gpt.encode([text])[0][:1]) + target == text
-    assert [data.characters[0], data.characters[2]] == [len(text) + 1 for text in texts]
+SENTENCES = [("winters", "we desire"), ("z", "fairest creatures we desire"), ("But as", "thy brow")]
 
 
-def test_sonnets_that_are_too_long_are_named(make):
-    """64 positions hold 64 tokens, the last of which predicts the end-of-text token."""
-    assert make("z" * 64).collate([0])["input_ids"].shape == (1, 64)
-    with pytest.raises(InputError, match=r"sonnet 2 has 65 tokens.*64"):
-        make("z", "z" * 65)
+def frame(sentences, labels):
+    return (
+        make_pairs(sentences)
+        .assign(label=labels, index=range(2, 2 + len(sentences)))
+        .set_index("index")
+    )
 
 
-def test_models_without_an_end_of_text_token_are_rejected(gpt, make):
-    """Nothing would teach such a model to stop; neither config.json nor the tokenizer has one."""
-    gpt.config = dataclasses.replace(gpt.config, eos_token_id=None)
-    gpt.tokenizer.eos_token = None
-    with pytest.raises(InputError, match=r"no end-of-text token.*eos_token_id"):
-        make(*TEXTS)
+@pytest.mark.parametrize("encoding", ["joint", "separate"])
+def test_masks_mark_the_tokens_of_pairs(gpt, monkeypatch, encoding):
+    """joint: one prompt; separate: two texts, each with the end-of-text token."""
+    monkeypatch.setattr(
+        gpt, "config", gpt.config.__class__(**vars(gpt.config) | {"n_positions": 128})
+    )
+    data = PairsDataset(frame(SENTENCES, [0.0, 1.0, 1.0]), gpt, encoding)
+    batch = data.collate([2, 0])
+    texts = [[prompt(*SENTENCES[index])] for index in (2, 0)]
+    if encoding == "separate":
+        texts = [SENTENCES[index] for index in (2, 0)]
+    shape = (2, 2, -1) if encoding == "separate" else (2, -1)
+    assert batch["input_ids"].shape == batch["input_ids"].view(shape).shape
+    rows = zip(
+        batch["input_ids"].flatten(0, -2), batch["attention_mask"].flatten(0, -2), strict=True
+    )
+    found = [ids[mask.bool()].tolist() for ids, mask in rows]
+    end = [gpt.end_of_text] if encoding == "separate" else []
+    assert found == [ids + end for pair in texts for ids in gpt.encode(list(pair))]
+    assert batch["attention_mask"].flatten(0, -2).diff().le(0).all()  # padding is on the right
+    assert batch["labels"].tolist() == [1, 0]
+    assert data.num_tokens([2, 0]) == batch["attention_mask"].sum()
 
 
-LENGTHS = torch.randint(1, 200, (131,), generator=torch.Generator().manual_seed(0)).tolist()
+def test_incomplete_pairs_are_skipped_by_line(gpt):
+    """Without a text, or without a label where others have one."""
+    sentences = [("x", "y"), ("", "y"), ("x", " "), ("x", "y"), ("x", "y")]
+    nan = float("nan")
+    data = PairsDataset(frame(sentences, [0, 1, 1, nan, 1]), gpt, "separate")
+    assert (data.ids, data.skipped_lines) == (["0", "4"], [3, 4, 5])
+    assert (data.all_ids, data.labels.tolist()) == (list("01234"), [0, 1])
+    data = PairsDataset(frame(sentences, nan), gpt, "separate")
+    assert (data.ids, data.labels, "labels" in data.collate([0])) == (["0", "3", "4"], None, False)
+
+
+@pytest.mark.parametrize("encoding", ["joint", "separate"])
+def test_long_pairs_keep_a_share_of_both_texts(gpt, monkeypatch, encoding):
+    """The report cut the prompt's end, and with it the second text."""
+    monkeypatch.setattr(
+        gpt, "config", gpt.config.__class__(**vars(gpt.config) | {"n_positions": 128})
+    )
+    pairs = [("a " * 300, "b " * 300), ("a", "b " * 300), ("a", "b")]
+    data = PairsDataset(frame(pairs, 1.0), gpt, encoding)
+    assert data.truncated_lines == [2, 3]
+    assert max(data.lengths) <= 128
+    for index, least in ((0, 10), (1, 1)):
+        text = "".join(gpt.decode(ids.tolist()) for ids in data.texts[index])
+        assert text.count("a ") + text.count('a"') + (index and encoding == "separate") >= least
+        assert text.count("b ") >= 10
+        assert encoding == "separate" or text.endswith("the same thing?\n")
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 131, 200])
-def test_an_epoch_is_a_permutation(batch_size):
-    """Every index occurs exactly once, and all batches except one are full."""
-    batches = bucketed_batches(LENGTHS, batch_size, seed=3, epoch=0)
+def test_batches_are_a_partition_of_similar_lengths(gpt, batch_size):
+    """A function of seed and epoch alone, which a resumed run repeats."""
+    data = SonnetsDataset(pd.DataFrame({"id": [1], "text": ["a"]}), gpt)
+    data.lengths = torch.randint(
+        1, 200, (131,), generator=torch.Generator().manual_seed(0)
+    ).tolist()
+    batches = data.batches(batch_size, 3, 0)
     assert sorted(index for batch in batches for index in batch) == list(range(131))
-    sizes = sorted(map(len, batches), reverse=True)
-    assert sizes[:-1] == [batch_size] * (len(batches) - 1)
+    assert sorted(map(len, batches))[1:] == [batch_size] * (len(batches) - 1)
+    torch.manual_seed(5)
+    assert data.batches(batch_size, 3, 0) == batches
+    if batch_size == 8:
+        assert data.batches(8, 3, 1) != batches != data.batches(8, 4, 0)
+        spread = [
+            max(data.lengths[i] for i in b) - min(data.lengths[i] for i in b) for b in batches
+        ]
+        assert sum(spread) / len(spread) < 40  # of 199
 
 
-def test_order_is_a_function_of_seed_and_epoch():
-    """A resumed run rebuilds an epoch's order from these; global random state has no effect."""
-    torch.manual_seed(0)
-    first = bucketed_batches(LENGTHS, 8, seed=3, epoch=5)
-    torch.manual_seed(1)
-    assert bucketed_batches(LENGTHS, 8, seed=3, epoch=5) == first
-    assert bucketed_batches(LENGTHS, 8, seed=3, epoch=6) != first
-    assert bucketed_batches(LENGTHS, 8, seed=4, epoch=5) != first
+def test_texts_in_two_splits_are_noted(capsys):
+    """Swapped, in another case and in quotes, but not if one text differs."""
+    train = [["What is rice?", "Why so?"], ["a", "b"]]
+    note_repeated_texts(
+        {"train": train, "dev": [['"WHY so"', "what is  rice"]], "test": [["a", "c"]]}
+    )
+    assert capsys.readouterr().out == "note: 1 texts of dev also occur in train\n"
 
 
-def test_bucketing_saves_padding():
-    """Batches of similar lengths have less than half of the padding of batches in order."""
-
-    def padding(batches):
-        return sum(max(lengths) * len(lengths) - sum(lengths) for lengths in batches)
-
-    in_order = [LENGTHS[start : start + 8] for start in range(0, 131, 8)]
-    bucketed = bucketed_batches(LENGTHS, 8, seed=0, epoch=0)
-    assert padding([[LENGTHS[i] for i in batch] for batch in bucketed]) < padding(in_order) / 2
+def test_importing_has_no_side_effect():
+    """Neither output nor a change of csv's limit, which other code may rely on."""
+    code = "import csv; a = csv.field_size_limit(); import datasets; print(a == csv.field_size_limit())"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("True\n", "")

@@ -1,5 +1,6 @@
-"""Files on disk are complete or absent, run folders are never reused, and no pickle is executed."""
+"""The folder of a run: its name, what may be resumed, locks, and files that are whole or absent."""
 
+import errno
 import json
 import os
 import pickle
@@ -7,16 +8,16 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import filelock
 import pytest
 import torch
+from small_runs import SCRIPTS, make_files, run
 
-import runs
 from config import InputError
-from files import atomic_folder, write_csv, write_text
-from runs import Run, new_folder
-
-SHA256 = {"model_sha256": "abc", "processes": 1, "data_sha256": {"a.csv": "def"}}
+from training import runs
+from training.runs import Run, write_csv, write_text
 
 
 def options(out_dir=None, resume=False, **others):
@@ -26,142 +27,201 @@ def options(out_dir=None, resume=False, **others):
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "ROOT", tmp_path)
-    return tmp_path
+    return tmp_path / "runs" / "task"
 
 
-def test_a_file_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch):
-    """A full disk or a kill before the last instant leaves the old content."""
-    path = tmp_path / "deep" / "file"
-    write_text(path, "old")
-
-    def fail(*_):
-        raise OSError("no space")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", fail)
-        with pytest.raises(OSError, match="no space"):
-            write_text(path, "new")
-    assert path.read_bytes() == b"old"
-    write_text(path, "new")
-    assert path.read_bytes() == b"new"
-    assert [entry.name for entry in path.parent.iterdir()] == ["file"]
-
-
-def test_a_folder_is_replaced_completely_or_not_at_all(tmp_path):
-    """best/ survives an error while its successor is written, and keeps nothing old afterwards."""
-    best = tmp_path / "best"
-
-    def replace(name, error=None):
-        with atomic_folder(best) as folder:
-            assert not list(folder.iterdir())
-            (folder / name).write_text(name)
-            if error:
-                raise error
-
-    def contents():
-        return {path.name: path.read_text() for path in best.iterdir()}
-
-    replace("one")
-    with pytest.raises(OSError, match="no space"):
-        replace("two", OSError("no space"))
-    assert contents() == {"one": "one"}
-    replace("two")
-    assert contents() == {"two": "two"}
-    assert [path.name for path in tmp_path.iterdir()] == ["best"]
-
-
-def test_a_table_has_the_columns_of_all_records(tmp_path):
-    """A metric that only later epochs have does not shift the columns; unknown values are empty."""
-    write_csv(tmp_path / "metrics.csv", [{"epoch": 1, "peak": None}, {"epoch": 2, "peak": 0.5}])
-    assert (tmp_path / "metrics.csv").read_bytes() == b"epoch,peak\n1,\n2,0.5\n"
+@pytest.fixture(autouse=True)
+def plotless(monkeypatch):
+    monkeypatch.setattr(SCRIPTS["sonnets"], "draw_curves", lambda *_: None)
 
 
 def test_a_name_that_is_taken_gets_a_number(root):
-    """Running again never asks and never overwrites."""
-    folders = [Run("sonnets", "tiny-1", options(), {"commit": "abc"}).folder for _ in range(3)]
-    names = ("tiny-1", "tiny-1-2", "tiny-1-3")
-    assert folders == [root / "runs" / "sonnets" / name for name in names]
-    config = json.loads((folders[2] / "config.json").read_text(encoding="utf-8"))
-    assert config == {"options": options(), "commit": "abc"}
+    """Nothing is overwritten; --resume continues the last run, or starts the first."""
+    assert Run("task", "a", options(resume=True), {}).folder == root / "a"
+    folders = [Run("task", "a", options(), {}).folder.name for _ in range(2)]
+    assert folders == ["a-2", "a-3"]
+    assert Run("task", "a", options(resume=True), {}).folder.name == "a-3"
+    assert Run("task", "b", options(), {}).folder.name == "b"
 
 
-def test_runs_that_start_at_once_have_folders_of_their_own(tmp_path):
-    """Also if none of their folders was there a moment ago."""
-    with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(lambda _: new_folder(tmp_path / "runs", "a"), range(64)))
-    assert sorted(folders) == sorted((tmp_path / "runs").iterdir())
-
-
-def test_a_named_folder_is_never_used_twice(tmp_path):
-    """--out_dir names the folder itself, so another run in it is an error."""
-    assert Run("sonnets", "a", options(tmp_path / "mine"), {}).folder == tmp_path / "mine"
-    for again in (options(tmp_path / "mine"), options(tmp_path / "mine", resume=True, lr=0.2)):
-        with pytest.raises(InputError, match="mine already holds a run"):
-            Run("sonnets", "a", again, {})
-    (tmp_path / "file").write_text("")
+def test_a_named_folder_is_used_once(tmp_path):
+    folder = Run("task", "a", options(tmp_path / "mine"), {}).folder
+    assert folder == tmp_path / "mine"
+    before = (folder / "config.json").read_bytes()
+    with pytest.raises(InputError, match="mine holds a run: --resume it, or name another"):
+        Run("task", "a", options(folder), {})
+    assert (folder / "config.json").read_bytes() == before
+    (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(InputError, match="is a file"):
-            Run("sonnets", "a", options(path), {})
-
-
-def test_resume_takes_the_newest_unfinished_run_with_the_same_options(root):
-    """Not a finished one and not one with other options; if none is left, a new run starts."""
-    rates = (0.1, 0.1, 0.1, 0.2)
-    older, newer, finished, other = (Run("s", "a", options(lr=lr), {}).folder for lr in rates)
-    (finished / "summary.json").write_text("{}")
-    for age, folder in enumerate((other, finished, newer, older)):
-        os.utime(folder, (1e9 - age, 1e9 - age))
-    assert Run("s", "a", options(resume=True), {}).folder == newer
-    (newer / "summary.json").write_text("{}")
-    assert Run("s", "a", options(resume=True), {}).folder == older
-    (older / "summary.json").write_text("{}")
-    assert Run("s", "a", options(resume=True), {}).folder.name == "a-5"
+        with pytest.raises(InputError, match="is a file, or inside of one"):
+            Run("task", "a", options(path), {})
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"model_sha256": "xyz"}, {"processes": 2}, {"data_sha256": {"a.csv": "xyz"}}],
-    ids=lambda change: next(iter(change)),
+    ("given", "inputs", "named"),
+    [
+        ({"lr": 0.2}, {}, "has --lr 0.1, not 0.2"),
+        ({"use_lora": True}, {}, "--use_lora None, not True"),
+        ({}, {"data_sha256": {"sonnet_path": "other"}}, "another data_sha256"),
+        ({}, {"model_sha256": "other"}, "another model_sha256"),
+        ({}, {"processes": 2}, "another processes"),
+        ({}, {"dtype": "bfloat16"}, "another dtype"),
+    ],
 )
-def test_resume_compares_data_base_model_and_number_of_processes(root, change):
-    """A continued run would mix two models, two data sets or two orders of random numbers."""
-    first = Run("s", "a", options(), SHA256).folder
-    assert Run("s", "a", options(resume=True), SHA256 | {"commit": "other"}).folder == first
-    assert Run("s", "a", options(resume=True), SHA256 | change).folder != first
-    with pytest.raises(InputError, match="already holds a run"):
-        Run("s", "a", options(first, resume=True), SHA256 | change)
+def test_another_run_is_not_resumed(tmp_path, given, inputs, named):
+    """The message names what differs."""
+    first = {
+        "data_sha256": {"sonnet_path": "a"},
+        "model_sha256": "b",
+        "processes": 1,
+        "dtype": "float32",
+    }
+    Run("task", "a", options(tmp_path), first)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(InputError, match=named):
+        Run("task", "a", options(tmp_path, resume=True, **given), first | inputs)
+    assert (tmp_path / "config.json").read_bytes() == before
 
 
-def test_a_run_is_locked_until_its_process_ends(tmp_path):
-    """Another process that resumes the run gets an error; once the writer was killed, the run."""
-    folder = tmp_path / "run"
-    code = (
-        "import sys, time\nfrom runs import Run\n"
-        "options = {'out_dir': sys.argv[1], 'resume': False, 'lr': 0.1}\n"
-        "Run('s', 'a', options, {})\nprint('open', flush=True)\ntime.sleep(60)\n"
-    )
-    command = [sys.executable, "-c", code, str(folder)]
-    writer = subprocess.Popen(command, cwd=runs.ROOT, stdout=subprocess.PIPE)
-    try:
-        assert writer.stdout.readline() == b"open\n"
-        before = (folder / "config.json").read_bytes()
-        with pytest.raises(InputError, match="being written by another process"):
-            Run("s", "a", options(folder, resume=True), {})
-        assert (folder / "config.json").read_bytes() == before
-    finally:
+def test_other_code_and_packages_are_noted(tmp_path, monkeypatch, capsys):
+    """Such a run continues, and config.json says since when."""
+    Run("task", "a", options(tmp_path), {})
+    now = runs.environment()
+    changes = [{"commit": "abc+"}, {"packages": now["packages"] | {"torch": "9"}, "host": "far"}]
+    for change in changes:
+        monkeypatch.setattr(runs, "environment", lambda change=change: now | change)
+        Run("task", "a", options(tmp_path, resume=True), {})
+        assert f"note: resumed with another {', '.join(change)}" in capsys.readouterr().out
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config == {"options": options(tmp_path), **now, "resumed": changes}
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_a_commit_is_marked_if_tracked_code_was_edited(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    assert runs.environment()["commit"] is None
+    for name in ("code.py", "table.md"):
+        (tmp_path / name).write_text("1")
+    for words in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm one"):
+        subprocess.run(["git", *words.split()], cwd=tmp_path, check=True)
+    commits = []
+    for name in ("table.md", "new.py", "code.py"):
+        (tmp_path / name).write_text("2")
+        commits.append(runs.environment()["commit"])
+    assert commits == [commits[0], commits[0], commits[0] + "+"]
+
+
+def test_a_moved_run_and_moved_data_are_resumed(tmp_path, monkeypatch):
+    """Data and model are compared by their contents, however their paths are spelled."""
+    files = make_files(tmp_path)
+    run(files, "sonnets-full", tmp_path / "one", "--epochs=0")
+    (tmp_path / "one").rename(tmp_path / "two")
+    runs.locks.clear()  # as in another process
+    shutil.copytree(files / "model", tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    names = ("sonnet_path", "dev_sonnet_path", "held_out_sonnet_path")
+    given = [f"--{name}=sonnets.txt" for name in names] + ["--model_size=copy", "--resume"]
+    run(files, "sonnets-full", Path("two"), "--epochs=0", *given)
+    with open("sonnets.txt", "a") as file:
+        file.write("\n6\n\na\nb\nc\nd\n")
+    with pytest.raises(InputError, match="two has another data_sha256"):
+        run(files, "sonnets-full", Path("two"), "--epochs=0", *given)
+
+
+def test_a_run_that_another_process_writes_is_refused(tmp_path):
+    """Until that process ends, also by a kill; the message names lock file and host."""
+    code = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]).acquire(); print(); input()"
+    command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as writer:
+        writer.stdout.readline()
+        with pytest.raises(InputError, match=r"\.lock is locked by .* host unknown"):
+            Run("task", "a", options(tmp_path), {})
+        (tmp_path / "config.json").write_text('{"host": "far"}')
+        with pytest.raises(InputError, match=r"\.lock is locked by a process on the host far"):
+            Run("task", "a", options(tmp_path, resume=True), {})
         writer.kill()
-        writer.communicate()
-    assert Run("s", "a", options(folder, resume=True), {}).folder == folder
+    (tmp_path / "config.json").unlink()
+    assert Run("task", "a", options(tmp_path), {}).folder == tmp_path
 
 
-def test_a_state_is_read_as_it_was_written(tmp_path):
-    """Before the first state is saved there is none."""
-    run = Run("s", "a", options(tmp_path / "run"), {})
-    assert run.load_state() is None
-    run.save_state({"parameters": [torch.arange(3.0)], "epochs": [{"epoch": 1, "peak": None}]})
-    state = run.load_state()
-    assert state["epochs"] == [{"epoch": 1, "peak": None}]
-    assert torch.equal(state["parameters"][0], torch.arange(3.0))
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "no locks"), NotImplementedError()])
+def test_a_disk_without_locks_is_noted(tmp_path, monkeypatch, capsys, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", fail)
+    assert Run("task", "a", options(tmp_path), {}).folder == tmp_path
+    assert "note: this disk has no locks; do not start two runs" in capsys.readouterr().out
+
+
+def test_a_file_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch):
+    """A full disk leaves the old contents and no other file."""
+    path = tmp_path / "deep" / "file"
+    write_text(path, "old\n")
+    monkeypatch.setattr(
+        Path, "write_text", lambda path, *_, **__: path.write_bytes(b"ne") and 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        write_text(path, "new\n")
+    assert [(p.name, p.read_bytes()) for p in path.parent.iterdir()] == [("file", b"old\n")]
+
+
+def test_threads_may_write_one_file(tmp_path):
+    """Temporary names are unique, so that none is renamed by another writer."""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: write_text(tmp_path / "file", str(n) * 1000), [1, 2] * 100))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert len(set((tmp_path / "file").read_text())) == 1
+
+
+def test_a_table_has_the_columns_of_all_records(tmp_path):
+    write_csv(tmp_path / "a.csv", [{"epoch": 1, "peak": None}, {"epoch": 2, "peak": 0.5}])
+    assert (tmp_path / "a.csv").read_bytes() == b"epoch,peak\n1,\n2,0.5\n"
+
+
+def test_best_is_replaced_completely_or_not_at_all(tmp_path):
+    """It keeps nothing of its predecessor; leftovers of a killed process are removed."""
+    result = Run("task", "a", options(tmp_path), {})
+
+    def save(name, error=False):
+        def write(folder):
+            folder.mkdir()
+            (folder / name).write_text(name)
+            if error:
+                raise OSError("no space")
+
+        result.save_best(write)
+
+    save("one")
+    with pytest.raises(OSError, match="no space"):
+        save("two", error=True)
+    assert [path.name for path in result.best.iterdir()] == ["one"]
+    save("three")
+    assert [path.name for path in result.best.iterdir()] == ["three"]
+    (result.folder / "predictions").mkdir()
+    for folder in (result.folder, result.best, result.folder / "predictions"):
+        runs.temporary(folder / "file").touch()
+    Run("task", "a", options(tmp_path, resume=True), {})
+    assert not [path for path in tmp_path.rglob("*.tmp")]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs modes")
+@pytest.mark.parametrize("kind", ["sonnets-lora", "paraphrases-full"])
+def test_all_files_have_the_mode_of_the_umask(tmp_path, monkeypatch, kind):
+    """safetensors makes files for their owner alone."""
+    monkeypatch.setattr(SCRIPTS["paraphrases"], "draw_curves", lambda *_: None)
+    monkeypatch.setattr(SCRIPTS["paraphrases"], "draw_attention", lambda *_: None)
+    files = make_files(tmp_path)
+    before = os.umask(0o027)
+    try:
+        folder = run(files, kind, tmp_path / "run", "--epochs=1")
+    finally:
+        os.umask(before)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in folder.rglob("*") if p.is_file()}
+    modes.pop(".lock")
+    assert set(modes.values()) == {0o640}, modes
+    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_dir()} == {0o750}
 
 
 class Malicious:
@@ -174,114 +234,34 @@ class Malicious:
         return os.mkdir, (self.path,)
 
 
-def save_raw(thing, path):
-    path.write_bytes(pickle.dumps(thing))
-
-
-@pytest.mark.parametrize("dump", [torch.save, save_raw])
-def test_a_malicious_state_is_rejected_and_not_executed(tmp_path, dump):
-    """The report's checkpoints were pickled Namespaces, loaded without restriction."""
-    run = Run("s", "a", options(tmp_path / "run"), {})
-    run.state_path.parent.mkdir()
-    dump({"progress": Malicious(tmp_path / "executed")}, run.state_path)
-    with pytest.raises(InputError, match=r"state\.pt cannot be read"):
-        run.load_state()
+def test_a_broken_state_is_an_error_and_never_executed(tmp_path):
+    result = Run("task", "a", options(tmp_path / "run"), {})
+    assert result.load_state() is None
+    result.save_state({"parameters": [torch.arange(1000.0)]})
+    assert torch.equal(result.load_state()["parameters"][0], torch.arange(1000.0))
+    path, bad = result.folder / "state.pt", Malicious(tmp_path / "executed")
+    half = path.read_bytes()[:1000]
+    for content in (half, b"", pickle.dumps({"progress": bad})):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"state\.pt cannot be read .*; delete it"):
+            result.load_state()
+    torch.save({"progress": bad}, path)
+    with pytest.raises(InputError, match=r"(?s)state\.pt cannot be read .*; delete it"):
+        result.load_state()
     assert not (tmp_path / "executed").exists()
-    pickle.loads(pickle.dumps(Malicious(tmp_path / "executed")))  # what an unrestricted load does
-    assert (tmp_path / "executed").exists()
 
 
-def test_a_truncated_state_is_rejected(tmp_path):
-    """Half a file, from a disk that failed, does not end in a traceback."""
-    run = Run("s", "a", options(tmp_path / "run"), {})
-    run.save_state({"parameters": [torch.zeros(1000)]})
-    run.state_path.write_bytes(run.state_path.read_bytes()[:1000])
-    with pytest.raises(InputError, match=r"state\.pt cannot be read"):
-        run.load_state()
-
-
-@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
-def test_a_commit_is_marked_if_tracked_code_was_edited(root):
-    """A run of edited code is not a run of the commit; results do not count."""
-    assert runs.commit() is None
-    (root / "code.py").write_text("1")
-    (root / "table.md").write_text("1")
-    for words in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm one"):
-        subprocess.run(["git", *words.split()], cwd=root, check=True)
-    clean = runs.commit()
-    assert len(clean) == 40
-    (root / "table.md").write_text("2")
-    assert runs.commit() == clean
-    (root / "code.py").write_text("2")
-    assert runs.commit() == clean + "+"
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """A copy of the code."""
-    path = tmp_path_factory.mktemp("tree")
-    for pattern in (
-        "*.py",
-        "models/*.py",
-        "modules/*.py",
-        "tests/test_runs.py",
-        "data/pretrain.py",
-    ):
-        for source in runs.ROOT.glob(pattern):
-            copy = path / source.relative_to(runs.ROOT)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copy(source, copy)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("name", "old", "new", "changes"),
-    [
-        ("training.py", "config.lr * (step + 1)", "config.lr * (step + 2)", True),
-        ("modules/attention.py", "import torch\n", "import torch\n\nUNUSED = 1\n", True),
-        ("models/paraphrase_gpt.py", "std=0.02", "std=0.03", True),
-        ("evaluation.py", "1.96", "1.97", True),
-        ("paraphrase_detection.py", '"warmup": 0.06', '"warmup": 0.07', True),
-        ("config.py", "4 * self.n_embd", "3 * self.n_embd", True),
-        ("training.py", "import torch\n", "# a comment\nimport torch  # and another\n\n\n", False),
-        ("pooling.py", '"""', '"""Other words. ', False),
-        ("plots.py", "import warnings", "import warnings\n\nCOLOR = 1", False),
-        ("experiments.py", "FIRST_SEED = 11711", "FIRST_SEED = 11712", False),
-        ("tests/test_runs.py", "import json", "import json, math", False),
-    ],
-)
-def test_the_hash_of_the_code_is_of_what_computes(tree, monkeypatch, name, old, new, changes):
-    """Comments, docstrings, layout, plots and tests do not change a result; anything else may."""
-    monkeypatch.setattr(runs, "ROOT", tree)
-    before = runs.code_sha256()
-    path = tree / name
-    text = path.read_text(encoding="utf-8")
-    assert old in text
-    path.write_text(text.replace(old, new, 1), encoding="utf-8")
-    try:
-        assert (runs.code_sha256() != before) == changes
-    finally:
-        path.write_text(text, encoding="utf-8")
-    assert runs.code_sha256() == before
-
-
-def test_a_new_file_of_code_changes_the_hash(tree, monkeypatch):
-    """A pooling in a file of its own computes, too."""
-    monkeypatch.setattr(runs, "ROOT", tree)
-    before = runs.code_sha256()
-    (tree / "models" / "new.py").write_text("x = 1\n")
-    try:
-        assert runs.code_sha256() != before
-    finally:
-        (tree / "models" / "new.py").unlink()
-
-
-def test_the_environment_names_what_a_result_depends_on(tmp_path):
-    """Versions, code, device, precision, and the data by content."""
-    (tmp_path / "a.csv").write_bytes(b"abc")
-    found = runs.environment(torch.device("cpu"), torch.bfloat16, [str(tmp_path / "a.csv")])
-    sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
-    assert found["data_sha256"] == {str(tmp_path / "a.csv"): sha256}
-    assert torch.__version__.startswith(found["packages"]["torch"].partition("+")[0])
-    assert (found["dtype"], found["device_type"], found["processes"]) == ("bfloat16", "cpu", 1)
-    assert found["code_sha256"] == runs.code_sha256()
+def test_the_configuration_names_what_a_result_depends_on(tmp_path):
+    folder = run(make_files(tmp_path), "sonnets-full", tmp_path / "run", "--epochs=0")
+    config = json.loads((folder / "config.json").read_text())
+    assert config.keys() >= {"options", "commit", "packages", "python", "device_type", "dtype"}
+    assert config["packages"]["torch"] == torch.__version__
+    assert (config["processes"], len(config["data_sha256"]), len(config["model_sha256"])) == (
+        1,
+        3,
+        64,
+    )
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert runs.file_sha256(tmp_path / "abc").startswith(
+        "ba7816bf8f01cfea414140de5dae"
+    )  # FIPS 180-2

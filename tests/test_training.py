@@ -1,305 +1,355 @@
-"""The training loop on a model with one weight: what it keeps, when it stops, what it reports."""
+"""The training loop: on a model with one weight by hand, and on small runs of both tasks."""
 
+import contextlib
 import math
+import shutil
+import sys
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
+from small_runs import KINDS, SCRIPTS, arguments, command, make_files, outcome, run
 from torch import nn
 
-import training
-from config import TrainConfig
+from config import ROOT, InputError, LoRAConfig, TrainConfig
+from datasets import SonnetsDataset, TextDataset, split
+from evaluation.metrics import language_model_metrics
+from lora import apply_lora
+from models.gpt2 import GPT2Model
 from models.sonnet_gpt import SonnetGPT
-from runs import Run
-from training import Task, Trainer, learning_rate
-
-CPU = torch.device("cpu")
+from speed.training import speed_up
+from training import loop
+from training.loop import Task, Trainer, learning_rate, make_optimizer, to_device
+from training.options import Hardware
+from training.runs import Run
 
 
 class Gradient(torch.autograd.Function):
     """The identity, whose gradient is multiplied by a factor."""
 
     @staticmethod
-    def forward(context, value, factor):
-        context.factor = factor
+    def forward(ctx, value, factor):
+        ctx.factor = factor
         return value.clone()
 
     @staticmethod
-    def backward(context, gradient):
-        return gradient * context.factor, None
+    def backward(ctx, gradient):
+        return gradient * ctx.factor, None
 
 
-def fit(
-    path,
-    dev=(1.0,),
-    values=((1.0, 2.0), (4.0,)),
-    larger_is_better=False,
-    dtype=torch.float32,
-    factors=(),
-    resume=False,
-    **settings,
-):
-    """Train y = w with the loss mean((w - value)^2); returns the run, progress and weights.
+class Toy(nn.Linear):
+    """One weight w, at first 0, with the loss mean((w - value)^2)."""
 
-    `dev` is the dev loss of each epoch, and `factors` multiply the gradients of the first steps.
-    """
-    model = nn.Linear(1, 1, bias=False)
-    nn.init.zeros_(model.weight)
-    dev_losses, factors, weights = iter(dev), iter(factors), []
+    def __init__(self, factors):
+        super().__init__(1, 1, bias=False)
+        nn.init.zeros_(self.weight)
+        self.factors = iter(factors)  # of the gradients of the first batches
 
-    def evaluate(model):
+    def loss(self, values):
+        return (Gradient.apply(self.weight, next(self.factors, 1.0)) - values).square().mean()
+
+
+class Values(TextDataset):
+    """Batches of values in their order."""
+
+    def __init__(self, values):
+        self.values, self.lengths = values, [1] * len(values)
+
+    def batches(self, batch_size, seed, epoch):
+        return split(list(range(len(self.values))), batch_size)
+
+    def collate(self, indices):
+        return {"values": torch.tensor([self.values[index] for index in indices])}
+
+
+def fit(path, dev=(1.0,), values=(1.0, 2.0, 4.0), factors=(), dtype=torch.float32, **settings):
+    """Train a Toy with these dev losses; returns the run and the weight after each epoch."""
+    model, dev_losses, weights = Toy(factors), iter(dev), []
+
+    def evaluate():
         weights.append(model.weight.item())
-        return {"dev_loss": next(dev_losses)}
+        return {"dev_loss": next(dev_losses), "dev_accuracy": weights[-1]}
 
-    def loss(model, batch):
-        weight = Gradient.apply(model.weight.flatten(), next(factors, 1.0))
-        return (weight - batch["values"]).square().mean()
+    def save(folder):
+        folder.mkdir()
+        (folder / "weight").write_text(str(model.weight.item()))
 
-    def collate(indices):
-        return {"values": torch.tensor(indices)}
-
-    task = Task(
-        batches=lambda epoch: list(values),
-        collate=collate,
-        loss=loss,
-        num_targets=len,
-        num_tokens=len,
-        evaluate=evaluate,
-        save=lambda model, folder: (folder / "weight").write_text(str(model.weight.item())),
-        larger_is_better=larger_is_better,
-    )
-    run = Run("toy", "toy", {"out_dir": str(path), "resume": resume}, {})
-    config = TrainConfig(**{"epochs": len(dev), "lr": 0.1} | settings)
-    progress = Trainer(model, task, config, run, CPU, dtype).train()
-    return run, progress, weights
-
-
-def saved_weight(run):
-    return float((run.best / "weight").read_text())
-
-
-def moment(run):
-    """AdamW's first moment of the weight, after one step 0.1 times its gradient."""
-    return run.load_state()["optimizer"]["state"][0]["exp_avg"].item()
+    metric = settings.pop("metric", "dev_loss")
+    options = {"out_dir": str(path), "resume": False}
+    config = TrainConfig(**{"epochs": len(dev), "lr": 0.1, "batch_size": 2} | settings)
+    result = Run("toy", "toy", options, {})
+    task = Task(Values(values), evaluate, save, metric)
+    Trainer(model, task, config, result, Hardware(torch.device("cpu"), dtype)).train()
+    return result, weights
 
 
 @pytest.mark.parametrize(
-    ("dev", "larger", "best"),
+    ("dev", "metric", "best"),
     [
-        ((3.0, 1.0, 2.0), False, 2),
-        ((3.0, 1.0, 1.0), False, 2),
-        ((0.1, 0.7, 0.3), True, 2),
-        ((3.0, 2.0, 1.0), False, 3),
+        ((3.0, 1.0, 2.0), "dev_loss", 2),
+        ((3.0, 1.0, 1.0), "dev_loss", 2),  # of equal ones the first
+        ((3.0, 1.0, 2.0), "dev_accuracy", 3),  # the largest weight, which grows
     ],
 )
-def test_the_best_model_is_saved_not_the_last(tmp_path, dev, larger, best):
-    """The report submitted its last epoch; of equal ones the earlier stays."""
-    run, progress, weights = fit(tmp_path, dev, larger_is_better=larger)
-    assert progress.best_epoch == best
-    assert len(set(weights)) == 3
-    assert saved_weight(run) == weights[best - 1]
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_dev_metric_that_is_not_finite_stops_the_run(tmp_path, value):
-    """Nothing is smaller than NaN by comparison, so a first NaN would stay the best for ever."""
-    with pytest.raises(FloatingPointError, match=f"dev_loss is {value} after epoch 1"):
-        fit(tmp_path, (value, 2.0, 3.0))
-    assert not (tmp_path / "best").exists()
-    assert not (tmp_path / "resume").exists()
+def test_the_best_model_is_saved_not_the_last(tmp_path, dev, metric, best):
+    result, weights = fit(tmp_path, dev, metric=metric)
+    assert float((result.best / "weight").read_text()) == weights[best - 1]
 
 
 @pytest.mark.parametrize(("patience", "epochs"), [(0, 7), (1, 3), (2, 6), (3, 7)])
-def test_patience_counts_epochs_without_a_better_result(tmp_path, patience, epochs):
-    """The third epoch is the first worse one; after a better fourth, all others are worse."""
-    _, progress, _ = fit(tmp_path, (3.0, 2.0, 2.5, 1.0, 1.5, 1.5, 1.5), patience=patience)
-    assert progress.epoch == epochs
+def test_patience_counts_epochs_without_a_better_result(tmp_path, capsys, patience, epochs):
+    _, weights = fit(tmp_path, (3.0, 2.0, 2.5, 1.0, 1.5, 1.5, 1.5), patience=patience)
+    assert len(weights) == epochs
+    assert ("stopped early" in capsys.readouterr().out) == (epochs < 7)
 
 
-def test_no_epoch_evaluates_nothing_and_saves_nothing(tmp_path):
-    """--epochs 0 leaves the model as it was."""
-    run, progress, weights = fit(tmp_path, ())
-    assert (progress.epoch, progress.epochs, weights, run.best.exists()) == (0, [], [], False)
-
-
-def test_train_loss_is_a_mean_over_targets(tmp_path):
+def test_the_train_loss_is_a_mean_over_targets(tmp_path):
     """At w = 0 the batches' losses are 2.5 (two targets) and 16 (one): 21 / 3, not 18.5 / 2."""
-    run, progress, _ = fit(tmp_path, lr=1e-9)
-    assert progress.epochs[0]["train_loss"] == pytest.approx(7.0)
-    metrics = pd.read_csv(run.folder / "metrics.csv")
-    assert metrics["train_loss"].tolist() == pytest.approx([7.0])
-    columns = metrics[["epoch", "dev_loss", "learning_rate", "skipped_steps"]]
-    assert columns.to_numpy().tolist() == [[1, 1.0, 1e-9, 0]]
-    steps = pd.read_csv(run.folder / "steps.csv")
+    result, _ = fit(tmp_path, lr=1e-9)
+    [epoch] = pd.read_csv(result.folder / "metrics.csv").to_dict("records")
+    assert epoch["train_loss"] == pytest.approx(7.0)
+    assert (epoch["epoch"], epoch["learning_rate"], epoch["skipped_steps"]) == (1, 1e-9, 0)
+    steps = pd.read_csv(result.folder / "steps.csv")
+    assert steps[["epoch", "step", "targets"]].values.tolist() == [[1, 1, 2], [1, 2, 1]]
     assert steps["loss"].tolist() == pytest.approx([2.5, 16.0])
     assert steps["gradient_norm"].tolist() == pytest.approx([3.0, 8.0])
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_names_the_step_and_its_examples(tmp_path, value):
-    """To continue would write NaN over the weights; the examples say which text to look at."""
-    place = rf"loss {value}.* at epoch 1, step 2 \(examples \({value},\)\)"
-    with pytest.raises(FloatingPointError, match=place):
-        fit(tmp_path, values=((1.0, 2.0), (value,), (3.0,)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("limit", "gradient"), [(0.0, -6.0), (0.5, -0.5)])
+def test_gradients_are_clipped_and_unscaled(tmp_path, dtype, limit, gradient):
+    """AdamW's first moment is a tenth of the gradient -2 * 3; steps.csv has it before clipping."""
+    result, _ = fit(tmp_path, values=(3.0,), max_grad_norm=limit, dtype=dtype)
+    moment = result.load_state()["optimizer"]["state"][0]["exp_avg"].item()
+    assert moment == pytest.approx(0.1 * gradient, rel=1e-3)
+    assert pd.read_csv(result.folder / "steps.csv")["gradient_norm"][0] == pytest.approx(6.0)
 
 
-@pytest.mark.parametrize("factor", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, factor):
-    """In float32 and bfloat16 there is no scale that a smaller one could replace."""
-    for dtype in (torch.float32, torch.bfloat16):
-        with pytest.raises(FloatingPointError, match=r"gradient norm (nan|inf) at epoch 1, step 2"):
-            fit(tmp_path / str(dtype), factors=(1, factor), dtype=dtype)
+@pytest.mark.parametrize("every", [1, 10])
+@pytest.mark.parametrize(("spoiled", "settings"), [
+    ("loss nan", {"values": (1.0, 2.0, math.nan, 4.0)}),
+    ("gradient norm inf", {"values": (1.0,) * 4, "factors": (1, 1, math.inf)}),
+    ("gradient norm nan", {"values": (1.0,) * 4, "factors": (1, 1, math.nan)}),
+])  # fmt: skip
+def test_numbers_that_are_not_finite_stop_the_run(tmp_path, monkeypatch, every, spoiled, settings):
+    """Also if they are read later, before anything is saved."""
+    monkeypatch.setitem(loop.LOG_INTERVALS, "cpu", every)
+    with pytest.raises(FloatingPointError, match=f"{spoiled}.* at epoch 1, step 3;.*--lr"):
+        fit(tmp_path, batch_size=1, checkpoint_every=3, **settings)
+    assert not {"best", "state.pt", "steps.csv"} & {path.name for path in tmp_path.iterdir()}
 
 
-@pytest.mark.parametrize("checkpoint_every", [0, 3])
-@pytest.mark.parametrize("spoiled", ["loss", "gradient norm"])
-def test_between_log_steps_nothing_bad_is_saved(tmp_path, monkeypatch, spoiled, checkpoint_every):
-    """On a GPU, losses are read every ten steps: before the evaluation and any save, too."""
-    monkeypatch.setitem(training.LOG_INTERVALS, "cpu", 10)
-    values = [(1.0,), (math.nan,), (3.0,), (4.0,)]
-    factors = ()
-    if spoiled == "gradient norm":
-        values[1], factors = (2.0,), (1, math.inf)
-    settings = {"factors": factors, "checkpoint_every": checkpoint_every}
-    with pytest.raises(FloatingPointError, match=f"{spoiled} (nan|inf).* at epoch 1, step 2 "):
-        fit(tmp_path, values=values, **settings)
+def test_a_dev_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match="dev_loss is nan"):
+        fit(tmp_path, (math.nan, 1.0))
     assert not (tmp_path / "best").exists()
-    assert not (tmp_path / "resume").exists()
-    assert not (tmp_path / "steps.csv").exists()
 
 
-def test_the_log_interval_changes_no_result(tmp_path, monkeypatch):
-    """Epochs of 12 steps: the same steps.csv and metrics, and the same state after a resume."""
-    values, outcomes = [(float(step),) for step in range(12)], []
-    for interval in (1, 10):
-        monkeypatch.setitem(training.LOG_INTERVALS, "cpu", interval)
-        run, progress, weights = fit(tmp_path / str(interval), (2.0, 1.0), values=values, lr=1e-3)
-        records = [(record["train_loss"], record["skipped_steps"]) for record in progress.epochs]
-        outcomes.append(((run.folder / "steps.csv").read_bytes(), records, weights))
-    assert outcomes[0] == outcomes[1]
-    assert len(progress.steps) == 24
-
-
-def test_float16_skips_a_step_that_overflows(tmp_path, capsys):
-    """The weight stays, the scale is halved; the count is in metrics.csv and on the screen."""
-    values = ((1.0,), (1.0,), (1.0,))
-    overflow = {"factors": (1, math.inf, 1), "dtype": torch.float16, "dev": (2.0, 1.0)}
-    run, progress, weights = fit(tmp_path / "skip", values=values, **overflow)
-    metrics = pd.read_csv(run.folder / "metrics.csv")
-    assert metrics["skipped_steps"].tolist() == [1, 0]
-    first, second = [line for line in capsys.readouterr().out.splitlines() if "epoch" in line]
-    assert "1 steps skipped (float16 overflow)" in first
-    assert "skipped" not in second
-    steps = pd.read_csv(run.folder / "steps.csv", dtype=str)
-    assert steps["gradient_norm"].tolist()[1] == "inf"
-    assert run.load_state()["scaler"]["scale"] == 2**15  # GradScaler starts with 2^16
-    assert run.load_state()["optimizer"]["state"][0]["step"].item() == 5
-    # Without the overflow, the first epoch has one step more.
-    _, _, whole = fit(tmp_path / "whole", values=values, dtype=torch.float16)
-    _, _, short = fit(tmp_path / "short", values=values[:2], dtype=torch.float16)
+def test_float16_skips_steps_that_overflow(tmp_path):
+    """The weight stays and the scale is halved; metrics.csv and steps.csv record it."""
+    settings = {"batch_size": 1, "dtype": torch.float16}
+    result, weights = fit(tmp_path / "a", (2.0, 1.0), (1.0,) * 3, (1, math.inf), **settings)
+    assert pd.read_csv(result.folder / "metrics.csv")["skipped_steps"].tolist() == [1, 0]
+    assert pd.read_csv(result.folder / "steps.csv")["gradient_norm"][1] == math.inf
+    state = result.load_state()
+    assert state["scaler"]["scale"] == 2**15  # GradScaler starts with 2^16
+    assert state["optimizer"]["state"][0]["step"] == 5
+    _, short = fit(tmp_path / "b", values=(1.0,) * 2, **settings)
     assert short[0] == pytest.approx(weights[0], rel=1e-3)
-    assert whole[0] > 1.3 * weights[0]
-    assert progress.epochs[0]["skipped_steps"] == 1
 
 
-def test_float16_stops_if_every_gradient_overflows(tmp_path):
-    """A NaN in the data does not vanish with a smaller scale: no run without a single step."""
-    values = ((1.0,),) * (training.MAX_SKIPPED + 5)
-    stop = rf"gradient norm (nan|inf) at epoch 1, step {training.MAX_SKIPPED + 1} "
-    with pytest.raises(FloatingPointError, match=stop):
-        fit(tmp_path, values=values, factors=(math.nan,) * len(values), dtype=torch.float16)
-
-
-def test_float16_counts_overflows_in_succession_over_epochs(tmp_path):
-    """Epochs of one step must not reset the count; one good step in between does."""
-    many = training.MAX_SKIPPED
-    factors = [math.inf] * many + [1] + [math.inf] * many + [1]
-    settings = {"values": ((1.0,),), "dtype": torch.float16}
-    _, progress, _ = fit(tmp_path / "a", (1.0,) * len(factors), factors=factors, **settings)
-    assert sum(record["skipped_steps"] for record in progress.epochs) == 2 * many
-    dev = (1.0,) * (many + 1)
-    with pytest.raises(FloatingPointError, match=f"at epoch {many + 1}, step 1"):
-        fit(tmp_path / "b", dev, factors=[math.nan] * len(dev), **settings)
-
-
-def test_gradients_are_clipped_to_the_given_norm(tmp_path):
-    """The gradient is -2 * 3 unclipped, and clipped it has the norm 0.5."""
-    for name, norm, gradient in (("no", 0.0, -6.0), ("yes", 0.5, -0.5)):
-        run, _, _ = fit(tmp_path / name, values=((3.0,),), max_grad_norm=norm)
-        assert moment(run) == pytest.approx(0.1 * gradient, rel=1e-4)
-        steps = pd.read_csv(run.folder / "steps.csv")
-        assert steps["gradient_norm"].tolist() == pytest.approx([6.0])  # before clipping
-
-
-def test_float16_gradients_are_unscaled(tmp_path):
-    """The gradient that AdamW and the clipping see does not contain the scale 2^16."""
-    for name, norm, gradient in (("no", 0.0, -6.0), ("yes", 0.5, -0.5)):
-        settings = {"values": ((3.0,),), "max_grad_norm": norm, "dtype": torch.float16}
-        run, _, _ = fit(tmp_path / name, **settings)
-        assert moment(run) == pytest.approx(0.1 * gradient, rel=1e-3)
-
-
-def test_only_what_requires_a_gradient_is_trained(tmp_path):
-    """Weight decay must not reach a frozen weight either."""
-    frozen = nn.Linear(1, 1, bias=False).requires_grad_(False)
-    model = nn.Sequential(nn.Linear(1, 1, bias=False), frozen)
-    before = [layer.weight.clone() for layer in model]
-    task = Task(
-        batches=lambda epoch: [[0]],
-        collate=lambda indices: {},
-        loss=lambda model, batch: model(torch.ones(1)).square().sum(),
-        num_targets=len,
-        num_tokens=len,
-        evaluate=lambda model: {"dev_loss": 1.0},
-        save=lambda model, folder: None,
-    )
-    run = Run("toy", "toy", {"out_dir": str(tmp_path), "resume": False}, {})
-    config = TrainConfig(epochs=2, lr=0.1, weight_decay=0.5)
-    Trainer(model, task, config, run, CPU, torch.float32).train()
-    assert not torch.equal(model[0].weight, before[0])
-    assert torch.equal(model[1].weight, before[1])
-    assert model[1].weight.grad is None
+def test_float16_stops_after_30_skipped_steps(tmp_path):
+    """In succession, also over epochs of two steps; one good step in between starts again."""
+    settings = {"values": (1.0,) * 2, "batch_size": 1, "dtype": torch.float16}
+    bad = [math.inf] * 29
+    fit(tmp_path / "a", (1.0,) * 30, factors=[*bad, 1, *bad, 1], **settings)
+    with pytest.raises(FloatingPointError, match="at epoch 15, step 2;"):
+        fit(tmp_path / "b", (1.0,) * 30, factors=[math.inf] * 60, **settings)
 
 
 @pytest.mark.parametrize(
-    ("schedule", "warmup", "step", "share"),
+    ("schedule", "expected"),
     [
-        ("constant", 0.0, 0, 1.0),
-        ("constant", 0.0, 9, 1.0),
-        ("constant", 0.2, 0, 0.5),
-        ("constant", 0.2, 1, 1.0),
-        ("linear", 0.0, 0, 1.0),
-        ("linear", 0.0, 9, 0.1),
-        ("linear", 0.2, 0, 0.5),
-        ("linear", 0.2, 2, 1.0),
-        ("linear", 0.2, 9, 0.125),
-        ("cosine", 0.0, 5, 0.5),
-        ("cosine", 0.2, 2, 1.0),
-        ("cosine", 0.2, 6, 0.5),
-        ("cosine", 0.2, 8, 0.1464466),
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1, 1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5]),
     ],
 )
-def test_learning_rate_by_hand(schedule, warmup, step, share):
-    """Ten steps: warm-up over two starts above 0 and reaches the peak, where the decay starts."""
-    config = TrainConfig(lr=2.0, schedule=schedule, warmup=warmup)
-    assert learning_rate(step, 10, config) == pytest.approx(2 * share)
+def test_schedules_by_hand(schedule, expected):
+    """Six steps, the first two of them with a rising learning rate."""
+    config = TrainConfig(lr=1.0, schedule=schedule, warmup=0.3)
+    assert [learning_rate(step, 6, config) for step in range(6)] == pytest.approx(expected)
 
 
-def test_the_schedule_is_in_steps_csv(tmp_path):
-    """Over all epochs, not anew in each."""
-    run, _, _ = fit(tmp_path, (2.0, 1.0), schedule="linear", lr=0.1)
-    steps = pd.read_csv(run.folder / "steps.csv")
-    assert steps["learning_rate"].tolist() == pytest.approx([0.1, 0.075, 0.05, 0.025])
+@pytest.mark.parametrize("lora", [False, True])
+def test_only_the_matrices_of_linear_layers_decay(gpt, lora):
+    """By lr times decay if gradients are zero: no embeddings, biases and norms, nothing frozen."""
+    model = SonnetGPT(gpt)
+    if lora:
+        apply_lora(model, LoRAConfig())
+        nn.init.ones_(gpt.layers[0].attention.q_proj.lora_b.weight)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, TrainConfig(lr=0.1, weight_decay=0.5))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        is_matrix = ".lora_" in name if lora else "layers" in name and parameter.ndim == 2
+        expected = before[name] * (0.95 if is_matrix else 1)
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-6, atol=0)
 
 
-def test_gradient_checkpointing_computes_the_same(gpt, ids):
-    """Recomputed activations have the same dropout: equal losses and gradients, bit for bit."""
-    found = []
-    for checkpointing in (False, True):
-        gpt.zero_grad()
-        gpt.train().gradient_checkpointing = checkpointing
-        torch.manual_seed(5)
-        loss = SonnetGPT(gpt).loss(ids[:, :-1], ids[:, 1:])
-        loss.backward()
-        found.append([loss.detach(), *(p.grad.clone() for p in gpt.parameters())])
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    torch.set_num_threads(1)  # sums of several threads may differ in their last bit
+    return make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture
+def plotless(monkeypatch):
+    """Plots take longer than all the rest."""
+    for script, name in (
+        ("sonnets", "curves"),
+        ("paraphrases", "curves"),
+        ("paraphrases", "attention"),
+    ):
+        monkeypatch.setattr(SCRIPTS[script], f"draw_{name}", lambda *_: None)
+
+
+@pytest.mark.parametrize("kind", ["sonnets-full", "paraphrases-lora"])
+def test_accumulated_batches_are_one_large_batch(tmp_path, plotless, kind):
+    """Micro-batches of different lengths count by their targets: no mean of means."""
+    files, steps = make_files(tmp_path, dropout=0.0), []
+    for batch_size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        more = [
+            f"--batch_size={batch_size}",
+            f"--grad_accumulation={accumulation}",
+            "--lora_dropout=0",
+        ]
+        steps.append(pd.read_csv(run(files, kind, tmp_path / str(batch_size), *more) / "steps.csv"))
+    for other in steps[1:]:
+        pd.testing.assert_frame_equal(steps[0], other, rtol=1e-4)
+
+
+class Stop(Exception):  # noqa: N818 (stands for a kill)
+    pass
+
+
+def stop_at(monkeypatch, owner, name, number, after=False):
+    """Raise Stop at the given call of a method, before it or after it."""
+    original, calls = getattr(owner, name), []
+
+    def counted(*given):
+        calls.append(1)
+        if len(calls) == number and not after:
+            raise Stop
+        result = original(*given)
+        if len(calls) == number:
+            raise Stop
+        return result
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+@pytest.fixture(scope="module")
+def whole(files, tmp_path_factory):
+    """The outcomes of runs without interruption."""
+    with pytest.MonkeyPatch.context() as patch:
+        for script in SCRIPTS.values():
+            patch.setattr(script, "draw_curves", lambda *_: None)
+        patch.setattr(SCRIPTS["paraphrases"], "draw_attention", lambda *_: None)
+        folder = tmp_path_factory.mktemp("whole")
+        return {kind: outcome(run(files, kind, folder / kind)) for kind in KINDS}
+
+
+STOPS = {  # where a run is stopped, at which call, before or after it, and the steps left to do
+    "without a state": ("take_step", 1, False, 0, {"sonnets": 6, "paraphrases": 8}),
+    "in the second epoch": ("take_step", 6, False, 0, {"sonnets": 3, "paraphrases": 4}),
+    "in an epoch with a state": ("take_step", 3, True, 2, {"sonnets": 4, "paraphrases": 6}),
+    "after a state by time": ("take_step", 3, False, None, {"sonnets": 4, "paraphrases": 6}),
+    "between state and best": ("save_best", 2, False, 0, {"sonnets": 0, "paraphrases": 0}),
+    "after training": ("save_best", 2, True, 0, {"sonnets": 0, "paraphrases": 0}),
+}
+
+
+@pytest.mark.parametrize(("place", "number", "after", "every", "left"), STOPS.values(), ids=STOPS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_equals_uninterrupted(
+    files, whole, tmp_path, plotless, monkeypatch, kind, place, number, after, every, left
+):
+    """Bit for bit, with dropout: best/, predictions, and tables but for times."""
+    given = [files, kind, tmp_path / "cut", f"--checkpoint_every={every or 0}"]
+    monkeypatch.setattr(loop, "SAVE_SECONDS", -1 if every is None else 300)
+    with monkeypatch.context() as patch:
+        stop_at(patch, Trainer, place, number, after)
+        with pytest.raises(Stop):
+            run(*given)
+    calls, original = [], Trainer.take_step
+    monkeypatch.setattr(Trainer, "take_step", lambda *a: calls.append(1) or original(*a))
+    assert outcome(run(*given, "--resume")) == whole[kind]
+    assert len(calls) == left[kind.split("-")[0]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_reads_nothing_from_the_device(files, tmp_path, monkeypatch, kind):
+    """Also with scaling for float16. On the meta device, which has no values, a read raises."""
+    more = ["--grad_accumulation=2", "--max_grad_norm=1", "--plain"]
+    given = arguments(files, kind, tmp_path / "run", *more)
+    trainers = []
+
+    class OnMeta(Trainer):
+        def __init__(self, model, task, config, run, _):
+            meta, context = torch.device("meta"), contextlib.nullcontext
+            hardware = SimpleNamespace(device=meta, dtype=torch.float16, autocast=context)
+            super().__init__(speed_up(model.to(meta)), task, config, run, hardware)
+            trainers.append(self)
+            raise Stop
+
+    task = kind.split("-")[0]
+    monkeypatch.setattr(SCRIPTS[task], "Trainer", OnMeta)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # unknown to meta
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    module = sys.modules[torch.optim.Optimizer.__module__]
+    monkeypatch.setattr(module, "_get_fused_kernels_supported_devices", lambda: ["meta"])
+    with pytest.raises(Stop):
+        command(task, given)
+    [trainer] = trainers
+    trainer.model.train()
+    for _ in range(2):
+        trainer.take_step([0, 1, 2], 0.1)
+    assert [tuple(numbers.shape) for _, numbers in trainer.unread] == [(2,), (2,)]
+
+
+def test_copies_to_a_gpu_do_not_wait(monkeypatch):
+    """From pageable memory, the host would wait although non_blocking is set."""
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pin") or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *given, **more: calls.append(more))
+    to_device(torch.ones(1), torch.device("cuda"))
+    assert calls == ["pin", {"non_blocking": True}]
+
+
+def test_a_third_task_needs_only_a_model_and_a_dataset(tmp_path, files):
+    """As README.md suggests: here a language model of verses; its dev loss goes down."""
+    model = SonnetGPT(GPT2Model.from_pretrained(files / "model"))
+    texts = pd.read_csv(ROOT / "data" / "verses-dev.csv", sep="\t", nrows=20)
+    dataset = SonnetsDataset(texts.rename(columns={"sentence1": "text"}), model.gpt)
+    evaluate = lambda: {"dev_loss": language_model_metrics(model, dataset)[0]["loss"]}  # noqa: E731
+    task = Task(dataset, evaluate, model.gpt.save_pretrained)
+    before = evaluate()["dev_loss"]
+    result = Run("verses", "verses", {"out_dir": str(tmp_path / "run"), "resume": False}, {})
+    hardware = Hardware(torch.device("cpu"), torch.float32)
+    [epoch] = Trainer(model, task, TrainConfig(epochs=1, lr=0.01), result, hardware).train()
+    assert epoch["dev_loss"] < before
+    assert (result.best / "model.safetensors").exists()
+
+
+def test_a_state_of_another_model_is_rejected(files, tmp_path, plotless):
+    folder = run(files, "sonnets-lora", tmp_path / "run", "--epochs=1")
+    shutil.copy(folder / "state.pt", tmp_path)
+    folder = run(files, "sonnets-full", tmp_path / "full", "--epochs=0")
+    shutil.copy(tmp_path / "state.pt", folder)
+    with pytest.raises(InputError, match=r"the state in .*full does not fit"):
+        run(files, "sonnets-full", folder, "--epochs=0", "--resume")

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from config import InputError, LoRAConfig, TrainConfig
+from config import InputError, LoRAConfig, TrainConfig, check_number
 from models.hugging_face import BUNDLED_MODEL, SIZES
 from training import distributed
 
@@ -99,7 +99,10 @@ def parse(
     """Parse options, with the defaults of `report` if --preset report is among them."""
     if parser.parse_known_args(arguments)[0].preset == "report":
         parser.set_defaults(**report)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.dropout is not None:
+        check_number("dropout", options.dropout, (0, 1), float)
+    return options
 
 
 def is_tiny(model: str) -> bool:

@@ -21,16 +21,17 @@ from training.runs import FILE_OPTIONS, Run, file_sha256, write_csv, write_json,
 
 
 def check_outputs(options: Namespace, *names: str) -> None:
-    """Raise InputError for an output that cannot be written or would replace an input file."""
+    """Raise InputError for an output that cannot be written or would replace another file."""
     values = vars(options)
-    inputs = {Path(values[name]).resolve() for name in FILE_OPTIONS if values.get(name)}
+    used = {Path(values[name]).resolve() for name in FILE_OPTIONS if values.get(name)}
     for name in names:
         path = Path(values[name]).resolve()
         parent = next(parent for parent in path.parents if parent.exists())
-        if path in inputs or path.is_dir() or not parent.is_dir():
+        if path in used or path.is_dir() or not parent.is_dir():
             raise InputError(
-                f"--{name} {path} is an input, a folder, or inside of a file: change it"
+                f"--{name} {path} is an input, another output, a folder, or inside of a file"
             )
+        used.add(path)
 
 
 def prepare(model: nn.Module, options: Namespace, hardware: Hardware) -> None:
@@ -58,9 +59,7 @@ def method_of(options: Namespace) -> str:
 
 
 def set_dropout(gpt: nn.Module, p: float) -> None:
-    """Set the three dropout rates of GPT-2; raises InputError unless 0 <= p < 1."""
-    if not 0 <= p < 1:
-        raise InputError(f"--dropout must be at least 0 and below 1, not {p}")
+    """Set the three dropout rates of GPT-2."""
     gpt.dropout.p = p
     for layer in gpt.layers:
         layer.dropout.p = layer.attention.attend.dropout = p
