@@ -21,8 +21,7 @@ def files(tmp_path_factory):
     """A model, data, and an adapter and a classifier as runs leave them."""
     root = make_files(tmp_path_factory.mktemp("files"))
     with pytest.MonkeyPatch.context() as patch:
-        for script in SCRIPTS.values():
-            patch.setattr(script, "draw_curves", lambda *_: None)
+        patch.setattr("training.setup.draw_curves", lambda *_: None)
         patch.setattr(SCRIPTS["paraphrases"], "draw_attention", lambda *_: None)
         for kind in ("sonnets-lora", "paraphrases-full"):
             shutil.copytree(run(root, kind, root / "run", "--epochs=1") / "best", root / kind)
@@ -235,7 +234,7 @@ FAULTS = [
 )
 def test_faults_during_a_run(files, tmp_path, monkeypatch, capsys, fault, code, message):
     """One line without a traceback; --resume completes the run."""
-    monkeypatch.setattr(SCRIPTS["sonnets"], "draw_curves", lambda *_: None)
+    monkeypatch.setattr("training.setup.draw_curves", lambda *_: None)
 
     def fail(self, state):
         raise fault

@@ -201,8 +201,7 @@ def test_predictions_are_scored(trained, files, tmp_path, capsys):
 
 @pytest.fixture
 def plotless(monkeypatch):
-    for script in SCRIPTS.values():
-        monkeypatch.setattr(script, "draw_curves", lambda *_: None)
+    monkeypatch.setattr("training.setup.draw_curves", lambda *_: None)
     monkeypatch.setattr(SCRIPTS["paraphrases"], "draw_attention", lambda *_: None)
 
 

@@ -49,7 +49,7 @@ def test_two_processes_resume_and_take_the_steps_of_one(tmp_path, monkeypatch):
     for line in ("epoch  1/2", "epoch  2/2", "--resume:"):
         assert result.stdout.count(line) == 1
 
-    monkeypatch.setattr(SCRIPTS["sonnets"], "draw_curves", lambda *_: None)
+    monkeypatch.setattr("training.setup.draw_curves", lambda *_: None)
     run(files, "sonnets-full", tmp_path / "one", *more)
     tables = [pd.read_csv(tmp_path / name / "steps.csv") for name in ("one", "two")]
     pd.testing.assert_frame_equal(*tables, rtol=1e-5)

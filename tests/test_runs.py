@@ -32,7 +32,7 @@ def root(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def plotless(monkeypatch):
-    monkeypatch.setattr(SCRIPTS["sonnets"], "draw_curves", lambda *_: None)
+    monkeypatch.setattr("training.setup.draw_curves", lambda *_: None)
 
 
 def test_a_name_that_is_taken_gets_a_number(root):
