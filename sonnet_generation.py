@@ -190,9 +190,10 @@ def score(options: Namespace) -> dict[str, float]:
     gold = read_sonnets(options.held_out_sonnet_path).set_index("id")["text"]
     texts = read_sonnets(options.score).set_index("id")["text"]
     missing = gold.index.difference(texts.index).astype(str)
-    if len(missing) or gold.map(continuation).eq("").any():
-        problem = f"lacks the sonnets {', '.join(missing)}, or the other one has prompts only"
-        raise InputError(f"{options.score} {problem}; name complete files")
+    if len(missing):
+        raise InputError(f"{options.score} lacks the sonnets {', '.join(missing)}; add them")
+    if gold.map(continuation).eq("").any():
+        raise InputError(f"{options.held_out_sonnet_path} has prompts only; name whole sonnets")
     continued = [Continuation(text, True) for text in texts[gold.index]]
     train = read_sonnets(options.sonnet_path)["text"]
     return sonnet_metrics("test", continued, gold, train)
