@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
-DATA = Path(__file__).resolve().parent
+DATA = Path(__file__).resolve().parent.parent
 CACHE = DATA / "cache"
 
 _PIP = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
