@@ -1,57 +1,53 @@
 """Write data/verses-{train,dev,test}.csv: are two sentences translations of the same Bible verse?
 
-    python data/build_verses.py
+    python data/build/verses.py
 
-A positive pair is one verse in two translations; a negative pair is two similar verses of one book.
-Each first sentence occurs once in each class, with the same two translations and about the same
-overlap, cosine and lengths, so that neither counting shared words nor knowing the translations
-should reveal the label. The script prints how well they predict it.
+A positive pair is one verse in two translations. A negative pair has the same first sentence and
+a verse of the same book that shares about as many words, stems and characters with it. Among the
+possible negatives, those are chosen that a regression on character n-grams scores like the
+positive (adversarial filtering: Zellers et al. 2018, https://arxiv.org/abs/1808.05326).
 """
 
+import argparse
 import csv
-import io
 import random
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
+from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sparse
-from bibles import BOOKS, HELD_OUT, HELD_OUT_BOOKS, book_of, read_translation
-from build_corpus import NEAR_COSINE, dropped_verses
-from packages import DATA, write_text
-from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
+from baselines import ANALYZERS, CHARACTERS, cut_words, regression_features, words
+from bibles import HELD_OUT, book_of, read_translation
+from packages import DATA
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
-# Pairs from the Old and New Testament. Few old verses differ as much as these pairs must.
+# The number of first sentences per split and Testament; each makes a positive and a negative pair.
 SIZES = {
-    "train": {"old": 3200, "new": 4800},
-    "dev": {"old": 500, "new": 500},
-    "test": {"old": 500, "new": 500},
+    ("train", "old"): 1600,
+    ("train", "new"): 2400,
+    ("dev", "old"): 250,
+    ("dev", "new"): 250,
+    ("test", "old"): 250,
+    ("test", "new"): 250,
 }
-# The number of times that a verse may be an anchor, each time in other translations.
-USES = {"train": 2, "dev": 1, "test": 1}
+USES = {"train": 2, "dev": 1, "test": 1}  # first sentences of a verse, in different translations
 MATTHEW = 40
-
-OLDER, MODERN = ("kjv", "web", "ylt", "dar"), ("wmth", "mont", "oeb")
 # Translations that differ; kjv, asv, dar and rwebster nearly repeat each other.
 TRANSLATION_PAIRS = {
-    "old": [
-        ("kjv", "ylt"),
-        ("web", "ylt"),
-        ("asv", "ylt"),
-        ("dar", "ylt"),
-        ("kjv", "web"),
-        ("dar", "web"),
-    ],
-    "new": [(a, b) for a in OLDER for b in MODERN]
-    + [("wmth", "mont"), ("wmth", "oeb"), ("mont", "oeb")],
+    "old": ("kjv ylt", "web ylt", "asv ylt", "dar ylt", "kjv web", "dar web"),
+    "new": (
+        *("kjv wmth", "kjv mont", "kjv oeb", "web wmth", "web mont", "web oeb"),
+        *("ylt wmth", "ylt mont", "ylt oeb", "dar wmth", "dar mont", "dar oeb"),
+        *("wmth mont", "wmth oeb", "mont oeb"),
+    ),
 }
-NAMES = sorted({name for pairs in TRANSLATION_PAIRS.values() for pair in pairs for name in pair})
-LARGEST_SHARE = 0.25  # of a Testament's pairs that one ordered pair of translations may have
+NAMES = ("asv", "dar", "kjv", "mont", "oeb", "web", "wmth", "ylt")
 
 WORDS = range(6, 61)
 LOSING_SPEECH = ("oeb", "mont")  # these wheels lost the direct speech of some verses
@@ -62,387 +58,300 @@ _DAMAGED = re.compile(r"crosswire|;\d")
 _HEADING = re.compile(r"(?: BOOK [IVX]+)? Psalm \d+.*$|(?<=[.?!\"'])(?: [A-Z]{2,})+$")
 _SPEECHLESS = re.compile(r": [A-Z]|\b(?:said|saying|asked|answered|replied|reply)\W*$|:$")
 _SPACE = re.compile(r"(?<=\() | (?=[,.;:)])")
+
 # These have the same numbering. A verse must be nearest to its own number in the others.
 REFERENCES = ("kjv", "web", "ylt", "dar")
 SLIP = 3  # the largest error of a verse number
-# Of a positive pair: below, a reader may not recognize it; above, it is nearly a copy.
-LEAST_COSINE, MOST_JACCARD = 0.03, 0.6
-MOST_RATIO = 0.55  # logarithm of the ratio of lengths: above, one text may lack a part
-SAME = 0.3  # from this cosine on, two verses of one translation may mean the same
-# Largest differences in Jaccard, cosine and lengths between a negative and a positive pair.
-TOLERANCE = np.array([0.06, 0.08, 0.3])
-# A single text says something about the label: words on which translations differ ("thou") are
-# rarer in a verse that is similar to many others. So pairs are chosen again this many times, with
-# negatives whose second text looks as much like a positive's as that of the positive itself.
-ROUNDS, LEAN_WEIGHT = 2, 2.0
-
-Likeness = tuple[float, float, float]  # Jaccard, TF-IDF cosine, logarithm of the ratio of lengths
-# Of translation and verse: how much the text alone looks like the second text of a positive pair.
-Lean = dict[tuple[str, int], float]
+SAME = 0.3  # from this cosine of phrases on, two verses of one translation may mean the same
+REPEATED = 0.45  # and from this one on, a verse of another split is dropped
+LARGEST_RATIO = 0.55  # logarithm of the ratio of lengths; above, a text may lack a part
+# The differences between a negative and its positive that count equally in the cost of a negative:
+# Jaccard of words and stems; TF-IDF cosine of words, stems, characters, phrases; log length ratio.
+TOLERANCES = np.array([0.05, 0.05, 0.06, 0.06, 0.05, 0.06, 0.6], dtype=np.float32)
+LARGEST_DIFFERENCE = 4  # tolerances
+NEGATIVES, LARGEST_COST = 5, 10.0  # how many are considered per first sentence, and which
+ROUNDS, SCORE_WEIGHT = 2, 2.0  # of adversarial filtering
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two sentences and their sources, which are not in the files."""
+class Option:
+    """A positive pair, a verse in two translations, and another verse for its negative pair."""
 
-    sentence1: str
-    sentence2: str
-    label: int
-    verses: tuple[int, int]
     names: tuple[str, str]
-    likeness: Likeness
-
-
-@dataclass(frozen=True)
-class Anchor:
-    """A verse in two translations, and the verses that make equally similar negatives."""
-
     verse: int
-    names: tuple[str, str]
-    likeness: Likeness
-    others: list[tuple[int, Likeness]]
+    other: int
+    cost: float
+
+    @property
+    def group(self):
+        """Split and Testament."""
+        return split_of(self.verse), testament(book_of(self.verse))
+
+    @property
+    def texts(self):
+        """The first sentence, and the second one of the positive and of the negative pair."""
+        first, second = map(usable, self.names)
+        return first[self.verse], second[self.verse], second[self.other]
 
 
-def testament(book: int) -> str:
+def split_of(verse):
+    """The split that a verse's book belongs to."""
+    for split, books in HELD_OUT.items():
+        if book_of(verse) in books.values():
+            return split
+    return "train"
+
+
+def testament(book):
     """The book's Testament, "old" or "new"."""
     return "old" if book < MATTHEW else "new"
 
 
-@cache
-def vectorizer() -> TfidfVectorizer:
-    """TF-IDF of words and word pairs over all translations that are used."""
-    texts = [text for name in NAMES for text in read_translation(name).values()]
-    vectors = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, dtype=np.float32)
-    return vectors.fit(tqdm(texts, desc="TF-IDF", leave=False))
-
-
-def clean(text: str) -> str:
+def clean(text):
     """A verse without headings and stray spaces."""
     return _SPACE.sub("", _HEADING.sub("", text))
 
 
-@cache
-def usable(name: str) -> dict[int, str]:
-    """A translation's clean verses of usual length.
+def is_whole(name, verse, text):
+    """Whether a verse of a translation has no heading, no damage and all of its direct speech."""
+    if book_of(verse) == PSALMS and verse % 1000 == 1:
+        return False
+    if verse // 1000 == LETTERED and verse % 8 == 1:
+        return False
+    if name in LOSING_SPEECH and _SPEECHLESS.search(text):
+        return False
+    return not _DAMAGED.search(text)
 
-    Verses that may contain headings or lack direct speech are left out.
-    """
-    verses = {
-        verse: clean(text)
-        for verse, text in read_translation(name).items()
-        if not _DAMAGED.search(text)
-    }
-    unsure = {verse for verse in verses if book_of(verse) == PSALMS and verse % 1000 == 1}
-    unsure |= {verse for verse in verses if verse // 1000 == LETTERED and verse % 8 == 1}
-    if name in LOSING_SPEECH:
-        unsure |= {verse for verse, text in verses.items() if _SPEECHLESS.search(text)}
+
+@cache
+def usable(name):
+    """A translation's clean and whole verses of usual length."""
+    verses = {verse: clean(text) for verse, text in read_translation(name).items()}
     return {
         verse: text
         for verse, text in verses.items()
-        if verse not in unsure and len(text.split()) in WORDS
+        if len(text.split()) in WORDS and is_whole(name, verse, text)
     }
 
 
-def cosines(first: list[str], second: list[str]) -> np.ndarray:
-    """TF-IDF cosine of each first text with each second."""
-    return (vectorizer().transform(first) @ vectorizer().transform(second).T).toarray()
+@cache
+def vectorizers():
+    """TF-IDF of words, stems, characters and phrases over all translations."""
+    texts = [text for name in NAMES for text in usable(name).values()]
+    settings = {"sublinear_tf": True, "dtype": np.float32}
+    analyzers = {
+        "words": {"analyzer": words, "min_df": 2},
+        "stems": {"analyzer": cut_words, "min_df": 2},
+        "characters": {**ANALYZERS[CHARACTERS], "min_df": 5},
+        "phrases": {"ngram_range": (1, 2), "min_df": 2},
+    }
+    return {
+        kind: TfidfVectorizer(**analyzer, **settings).fit(tqdm(texts, kind, leave=False))
+        for kind, analyzer in analyzers.items()
+    }
 
 
-def jaccards(first: list[str], second: list[str]) -> np.ndarray:
-    """Jaccard index of the lower-case, space-separated words of each first and second text."""
-    counter = CountVectorizer(
-        tokenizer=str.split, token_pattern=None, binary=True, dtype=np.float64
-    )
-    counter.fit(first + second)
-    ours, theirs = counter.transform(first), counter.transform(second)
-    shared = (ours @ theirs.T).toarray()
-    return shared / (np.asarray(ours.sum(1)) + np.asarray(theirs.sum(1)).T - shared)
+def phrase_cosines(first, second):
+    """TF-IDF cosine of words and word pairs of each first text with each second."""
+    transform = vectorizers()["phrases"].transform
+    return (transform(first) @ transform(second).T).toarray()
 
 
-def likenesses(
-    overlap: np.ndarray, cosine: np.ndarray, first: list[str], second: list[str]
-) -> np.ndarray:
-    """All measures that a negative must match, as (first, second, measure)."""
+def measures(first, second):
+    """All measures that a negative must match, for each first and second text: (N, M, 7)."""
+    rows = {
+        kind: [vectorizer.transform(texts) for texts in (first, second)]
+        for kind, vectorizer in vectorizers().items()
+    }
+    jaccards = [jaccards_of(*rows[kind]) for kind in ("words", "stems")]
+    cosines = [(ours @ theirs.T).toarray() for ours, theirs in rows.values()]
     lengths = [np.log([len(text.split()) for text in texts]) for texts in (first, second)]
-    return np.stack([overlap, cosine, lengths[0][:, None] - lengths[1]], axis=2)
+    ratios = np.subtract.outer(*lengths)
+    return np.stack([*jaccards, *cosines, ratios], axis=2).astype(np.float32)
 
 
-def aligned(name: str, book: int) -> dict[int, str]:
+def jaccards_of(first, second):
+    """The Jaccard index of the terms of each first and second row."""
+    first, second = first.sign(), second.sign()
+    shared = (first @ second.T).toarray()
+    union = first.sum(axis=1).reshape(-1, 1) + second.sum(axis=1).reshape(1, -1) - shared
+    return np.asarray(shared / np.maximum(union, 1))
+
+
+def aligned(name, book):
     """A translation's usable verses of a book that have the number of the references."""
     verses = {verse: text for verse, text in usable(name).items() if book_of(verse) == book}
-    others = [read_translation(other) for other in REFERENCES if other != name]
-    numbers = np.array([verse for verse in others[0] if book_of(verse) == book])
     if not verses:
         return {}
-    near = cosines(
-        list(verses.values()),
-        [" ".join(texts.get(v, "") for texts in others) for v in numbers.tolist()],
-    )
-    near[np.abs(np.subtract.outer(list(verses), numbers)) > SLIP] = -1
-    nearest = numbers[near.argmax(1)].tolist()
-    return {
-        verse: text
-        for (verse, text), number in zip(verses.items(), nearest, strict=True)
-        if number == verse
-    }
+    others = [read_translation(other) for other in REFERENCES if other != name]
+    numbers = np.array([verse for verse in others[0] if book_of(verse) == book])
+    references = [" ".join(texts.get(verse, "") for texts in others) for verse in numbers]
+    cosines = phrase_cosines(list(verses.values()), references)
+    cosines[np.abs(np.subtract.outer(list(verses), numbers)) > SLIP] = -1
+    nearest = dict(zip(verses, numbers[cosines.argmax(axis=1)], strict=True))
+    return {verse: text for verse, text in verses.items() if nearest[verse] == verse}
 
 
-def unfit(numbers: list[int]) -> np.ndarray:
-    """The pairs of verses that make no negative.
-
-    These are neighbours, because wrong numbers shift their texts, and verses that are too similar.
-    """
-    banned = np.abs(np.subtract.outer(numbers, numbers)) <= 1
+def may_mean_the_same(numbers):
+    """Which pairs of verses are neighbours, or similar in some translation."""
+    similar = np.abs(np.subtract.outer(numbers, numbers)) <= 1  # wrong numbers shift the texts
     for name in NAMES:
         texts = [usable(name).get(number, "") for number in numbers]
-        banned |= cosines(texts, texts) >= SAME
-    return banned
+        similar |= phrase_cosines(texts, texts) >= SAME
+    return similar
 
 
-def book_anchors(book: int, dropped: set[int]) -> list[Anchor]:
-    """All anchors of a book, with each pair of translations in both orders."""
-    numbers = [
-        verse
-        for verse in read_translation("kjv")
-        if book_of(verse) == book and verse not in dropped
-    ]
-    banned, texts = unfit(numbers), {name: aligned(name, book) for name in NAMES}
-    anchors = []
-    for names in TRANSLATION_PAIRS[testament(book)]:
-        kept = [i for i, verse in enumerate(numbers) if all(verse in texts[name] for name in names)]
-        if kept:
-            verses, allowed = [numbers[i] for i in kept], ~banned[np.ix_(kept, kept)]
-            first, second = ([texts[name][verse] for verse in verses] for name in names)
-            overlap, cosine = jaccards(first, second), cosines(first, second)
-            anchors += _anchors(verses, names, likenesses(overlap, cosine, first, second), allowed)
-            anchors += _anchors(
-                verses, names[::-1], likenesses(overlap.T, cosine.T, second, first), allowed
-            )
-    return anchors
-
-
-def _anchors(
-    verses: list[int], names: tuple[str, str], likeness: np.ndarray, allowed: np.ndarray
-) -> list[Anchor]:
-    """Anchors of one ordered pair of translations."""
-    own = likeness.diagonal().T
-    allowed = (
-        allowed
-        & (np.abs(likeness - own[:, None]) <= TOLERANCE).all(2)
-        & (np.abs(likeness[..., 2]) <= MOST_RATIO)
-    )
-    fair = (
-        (own[:, 0] <= MOST_JACCARD)
-        & (own[:, 1] >= LEAST_COSINE)
-        & (np.abs(own[:, 2]) <= MOST_RATIO)
-    )
-    anchors = []
-    for i in np.flatnonzero(fair & allowed.any(1)):
-        others = [(verses[j], tuple(likeness[i, j].tolist())) for j in np.flatnonzero(allowed[i])]
-        anchors.append(Anchor(verses[i], names, tuple(own[i].tolist()), others))
-    return anchors
-
-
-def badness(anchor: Anchor, lean: Lean, other: tuple[int, Likeness]) -> float:
-    """The cost of a verse as an anchor's negative: less similarity, or a different lean."""
-    verse, likeness = other
-    overlap, cosine = (np.subtract(anchor.likeness, likeness) / TOLERANCE)[:2]
-    name = anchor.names[1]
-    return (
-        overlap
-        + cosine
-        + LEAN_WEIGHT * abs(lean.get((name, verse), 0.0) - lean.get((name, anchor.verse), 0.0))
-    )
-
-
-def choose(
-    anchors: list[Anchor], count: int, uses: int, lean: Lean, chance: random.Random
-) -> list[Pair]:
-    """Make `count` pairs, half of them positive, from random anchors.
-
-    A verse is the second one of at most one negative pair. Raises ValueError if there are too few
-    anchors.
-    """
-    taken, used, firsts, share, pairs = Counter(), set(), set(), Counter(), []
-    for anchor in chance.sample(anchors, len(anchors)):
-        if len(pairs) == count:
-            break
-        free = [other for other in anchor.others if other[0] not in used]
-        if (
-            not free
-            or taken[anchor.verse] >= uses
-            or share[anchor.names] >= LARGEST_SHARE * count / 2
-        ):
-            continue
-        text = usable(anchor.names[0])[anchor.verse]
-        if text in firsts:
-            continue
-        firsts.add(text)
-        taken[anchor.verse] += 1
-        best = min(free, key=partial(badness, anchor, lean))
-        used.add(best[0])
-        share[anchor.names] += 1
-        for label, (verse, likeness) in ((1, (anchor.verse, anchor.likeness)), (0, best)):
-            texts = (
-                usable(name)[v] for name, v in zip(anchor.names, (anchor.verse, verse), strict=True)
-            )
-            pairs.append(Pair(*texts, label, (anchor.verse, verse), anchor.names, likeness))
-    if len(pairs) < count:
-        raise ValueError(f"only {len(pairs)} pairs of {count}; loosen TOLERANCE")
-    return pairs
-
-
-def repeats(books: list[int], others: list[int]) -> set[int]:
-    """Verses of the books that (nearly) repeat a verse of the other books in some translation."""
-    repeated: set[int] = set()
-    for name in NAMES:
-        theirs = [text for verse, text in usable(name).items() if book_of(verse) in others]
-        for book in books:
-            ours = {verse: text for verse, text in usable(name).items() if book_of(verse) == book}
-            if ours and theirs:
-                near = cosines(list(ours.values()), theirs).max(1)
+def repeated_verses():
+    """Verses that nearly repeat a verse of a split that comes later in train, test, dev."""
+    repeated = set()
+    for name in tqdm(NAMES, "repeats"):
+        texts = {"train": {}, "dev": {}, "test": {}}
+        for verse, text in usable(name).items():
+            texts[split_of(verse)][verse] = text
+        held_out = texts["dev"] | texts["test"]
+        for ours, theirs in ((texts["train"], held_out), (texts["test"], texts["dev"])):
+            for start in range(0, len(ours), 1000):
+                part = dict(list(ours.items())[start : start + 1000])
+                cosines = phrase_cosines(list(part.values()), list(theirs.values())).max(axis=1)
                 repeated |= {
-                    verse for verse, cosine in zip(ours, near, strict=True) if cosine >= NEAR_COSINE
+                    verse for verse, cosine in zip(part, cosines, strict=True) if cosine >= REPEATED
                 }
     return repeated
 
 
-def verses_to_drop() -> set[int]:
-    """Verses of train and test that are too close to those of another split; prints counts."""
-    dev, test = (list(HELD_OUT[split].values()) for split in ("dev", "test"))
-    dropped = dropped_verses()  # also excluded from pretraining
-    print(f"{len(dropped)} verses close to a held-out one, as in build_corpus.py")
-    for book in tqdm(range(1, BOOKS + 1), desc="repeats"):
-        if book not in HELD_OUT_BOOKS:
-            dropped |= repeats([book], dev + test)
-    print(f"{len(dropped)} with those close to one in any of the translations")
-    return dropped | repeats(test, dev)
+def book_options(book, dropped):
+    """The best negatives of every verse of a book, in each pair of translations and both orders."""
+    texts = {name: aligned(name, book) for name in NAMES}
+    numbers = sorted(set().union(*texts.values()) - dropped)
+    unfit = may_mean_the_same(numbers)
+    options = []
+    for pair in TRANSLATION_PAIRS[testament(book)]:
+        for first, second in permutations(pair.split()):
+            rows = [i for i, v in enumerate(numbers) if v in texts[first] and v in texts[second]]
+            if rows:
+                verses = [numbers[row] for row in rows]
+                measured = measures(*([texts[n][v] for v in verses] for n in (first, second)))
+                options += best_options(
+                    (first, second), verses, measured, unfit[np.ix_(rows, rows)]
+                )
+    return options
 
 
-def select(anchors: dict[str, dict[str, list[Anchor]]], lean: Lean) -> dict[str, list[Pair]]:
-    """Shuffled pairs of each split."""
-    selected = {}
-    for split, sizes in SIZES.items():
-        chance = random.Random(f"verses {split}")  # so that splits are independent
-        pairs = [
-            p
-            for part, size in sizes.items()
-            for p in choose(anchors[split][part], size, USES[split], lean, chance)
-        ]
-        selected[split] = chance.sample(pairs, len(pairs))
-    return selected
+def best_options(names, verses, measured, unfit):
+    """The NEGATIVES least costly options per verse, from the measures of all pairs of verses."""
+    own = measured.diagonal().T  # (N, 7)
+    differences = np.abs(measured - own[:, None]) / TOLERANCES  # (N, N, 7)
+    cost = differences.sum(axis=2)
+    cost[unfit | (differences.max(axis=2) > LARGEST_DIFFERENCE)] = np.inf
+    cost[np.abs(measured[..., -1]) > LARGEST_RATIO] = np.inf
+    cost[np.abs(own[:, -1]) > LARGEST_RATIO] = np.inf
+    options = []
+    for row, columns in enumerate(cost.argsort(axis=1)[:, :NEGATIVES]):
+        for column in columns:
+            if cost[row, column] <= LARGEST_COST:
+                price = float(cost[row, column])
+                options.append(Option(names, verses[row], verses[column], price))
+    return options
 
 
-def leaning(pairs: list[Pair], before: Lean) -> Lean:
-    """`before` plus the score of every text in a regression on second sentences alone."""
-    vectors = TfidfVectorizer(ngram_range=(1, 2), min_df=3, sublinear_tf=True)
-    seen = vectors.fit_transform(pair.sentence2 for pair in pairs)
-    model = LogisticRegression(max_iter=500).fit(seen, [pair.label for pair in pairs])
-    texts = {(name, verse): text for name in NAMES for verse, text in usable(name).items()}
-    scores = model.decision_function(vectors.transform(texts.values()))
-    return {
-        key: score + before.get(key, 0.0) for key, score in zip(texts, scores.tolist(), strict=True)
-    }
+def select(options, costs):
+    """The options with the lowest costs that fill SIZES.
 
-
-def build(dropped: set[int]) -> dict[str, list[Pair]]:
-    """Shuffled pairs of each split, without the dropped verses."""
-    splits = {book: split for split, books in HELD_OUT.items() for book in books.values()}
-    anchors: dict[str, dict[str, list[Anchor]]] = {split: {"old": [], "new": []} for split in SIZES}
-    for book in tqdm(range(1, BOOKS + 1), desc="books"):
-        anchors[splits.get(book, "train")][testament(book)] += book_anchors(book, dropped)
-    lean: Lean = {}
-    pairs = select(anchors, lean)
-    for _ in range(ROUNDS):
-        lean = leaning(pairs["train"], lean)
-        pairs = select(anchors, lean)
-    return pairs
-
-
-def table(split: str, pairs: list[Pair]) -> str:
-    """Tab-separated CSV with the columns of question-pair files."""
-    text = io.StringIO()
-    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
-    writer.writerow(["id", "sentence1", "sentence2", "is_duplicate"])
-    for number, pair in enumerate(pairs, 1):
-        writer.writerow([f"verse-{split}-{number:04}", pair.sentence1, pair.sentence2, pair.label])
-    return text.getvalue()
-
-
-def threshold_accuracy(scores: list[float], labels: list[int]) -> float:
-    """The highest accuracy of calling every pair above some score positive."""
-    scores, gold = np.array(scores), np.array(labels) == 1
-    return max(float(((scores > threshold) == gold).mean()) for threshold in np.linspace(0, 1, 51))
-
-
-def _length_features(pairs: list[Pair]) -> np.ndarray:
-    sizes = np.log([[len(pair.sentence1.split()), len(pair.sentence2.split())] for pair in pairs])
-    ratio = sizes[:, :1] - sizes[:, 1:]
-    return np.hstack([sizes, ratio, np.abs(ratio)])
-
-
-def shortcuts(train: list[Pair]) -> dict[str, Callable[[list[Pair]], object]]:
-    """Features that should hardly predict the label, and all TF-IDF features."""
-    vectors = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
-    vectors.fit([pair.sentence1 for pair in train] + [pair.sentence2 for pair in train])
-    translations = sorted({pair.names for pair in train})
-
-    def both(pairs: list[Pair]) -> sparse.csr_matrix:
-        first, second = (
-            vectors.transform([getattr(p, f"sentence{side}") for p in pairs]) for side in (1, 2)
-        )
-        overlap = np.array([[pair.likeness[0]] for pair in pairs])
-        product = first.multiply(second)
-        return sparse.hstack(
-            [product, abs(first - second), np.asarray(product.sum(1)), overlap]
-        ).tocsr()
-
-    return {
-        "translations": lambda pairs: np.array(
-            [[pair.names == names for names in translations] for pair in pairs], float
-        ),
-        "lengths": _length_features,
-        "sentence1": lambda pairs: vectors.transform([pair.sentence1 for pair in pairs]),
-        "sentence2": lambda pairs: vectors.transform([pair.sentence2 for pair in pairs]),
-        "all TF-IDF": both,
-    }
-
-
-def report(splits: dict[str, list[Pair]]) -> None:
-    """Print how similar the classes are, and the accuracy of simple features.
-
-    Thresholds are chosen on the split itself; regressions are trained on train.
+    A verse is in one negative pair, and a first sentence occurs in one option. Raises ValueError if
+    there are too few options.
     """
-    labels = {split: [pair.label for pair in pairs] for split, pairs in splits.items()}
-    for split, pairs in splits.items():
-        verses = {verse for pair in pairs for verse in pair.verses}
-        print(f"{split}: {len(pairs):,} pairs, {len(verses):,} verses")
-        for label in (1, 0):
-            numbers = np.array([pair.likeness for pair in pairs if pair.label == label])
-            deciles = [np.percentile(numbers[:, i], [10, 50, 90]).round(2).tolist() for i in (0, 1)]
-            print(f"  label {label}: Jaccard at 10, 50, 90 % {deciles[0]}, cosine {deciles[1]}")
-        for i, name in ((0, "Jaccard"), (1, "cosine")):
-            accuracy = threshold_accuracy([pair.likeness[i] for pair in pairs], labels[split])
-            print(f"  {name} alone: accuracy {accuracy:.3f}")
-        counts = Counter(" ".join(pair.names) for pair in pairs if pair.label)
-        print("  anchors:", ", ".join(f"{names} {count}" for names, count in counts.most_common()))
-    for name, features in shortcuts(splits["train"]).items():
-        model = LogisticRegression(max_iter=300).fit(features(splits["train"]), labels["train"])
-        accuracies = [
-            f"{split} {model.score(features(splits[split]), labels[split]):.3f}"
-            for split in ("dev", "test")
-        ]
-        print(f"accuracy of logistic regression on {name}: {', '.join(accuracies)}")
+    selected, uses, firsts, others = Counter(), Counter(), set(), set()
+    chosen = []
+    for index in np.argsort(costs, kind="stable"):
+        option = options[index]
+        first = option.texts[0]
+        if (
+            selected[option.group] < SIZES[option.group]
+            and uses[option.verse] < USES[option.group[0]]
+            and first not in firsts
+            and option.other not in others
+        ):
+            chosen.append(option)
+            selected[option.group] += 1
+            uses[option.verse] += 1
+            firsts.add(first)
+            others.add(option.other)
+    missing = {group: size - selected[group] for group, size in SIZES.items()}
+    if any(missing.values()):
+        raise ValueError(f"options are missing: {missing}; raise LARGEST_COST or lower SIZES")
+    return chosen
 
 
-def main() -> None:
-    """Write the three files and print their metrics."""
-    dropped = verses_to_drop()
-    print(f"{len(dropped)} verses dropped, with those of test close to dev")
-    splits = build(dropped)
-    for split, pairs in splits.items():
-        write_text(DATA / f"verses-{split}.csv", table(split, pairs))
-    report(splits)
+class Scorer:
+    """Logistic regression on character n-grams, as in baselines.py, of options' pairs."""
+
+    def __init__(self, options):
+        texts = sorted({text for option in options for text in option.texts})
+        vectorizer = TfidfVectorizer(**ANALYZERS[CHARACTERS], min_df=4, sublinear_tf=True)
+        self.vectors = vectorizer.fit_transform(texts).astype(np.float32)
+        self.rows = {text: row for row, text in enumerate(texts)}
+
+    def features(self, options, second):
+        """Features of the positive (second=1) or negative (second=2) pairs."""
+        sides = [[self.rows[option.texts[side]] for option in options] for side in (0, second)]
+        return regression_features(*(self.vectors[side] for side in sides))
+
+    def differences(self, chosen, options):
+        """By how much a regression fit on the chosen options scores each positive higher."""
+        train = [option for option in chosen if option.group[0] == "train"]
+        features = sparse.vstack([self.features(train, 1), self.features(train, 2)])
+        labels = np.repeat([1, 0], len(train))
+        model = LogisticRegression(solver="liblinear").fit(features, labels)
+        scores = []
+        for start in range(0, len(options), 5000):
+            part = options[start : start + 5000]
+            positive, negative = (model.decision_function(self.features(part, s)) for s in (1, 2))
+            scores.append(positive - negative)
+        return np.concatenate(scores)
+
+
+def choose_pairs(options):
+    """Options that fill SIZES, similar by the measures and by the regression."""
+    costs = np.array([option.cost for option in options])
+    scorer = Scorer(options)
+    differences = np.zeros(len(options))
+    chosen = select(options, costs)
+    for _ in tqdm(range(ROUNDS), "filtering"):
+        differences += scorer.differences(chosen, options)
+        chosen = select(options, costs + SCORE_WEIGHT * np.abs(differences))
+    return chosen
+
+
+def write_split(path, split, chosen):
+    """Write the pairs of a split in random order, tab-separated."""
+    pairs = []
+    for option in chosen:
+        if option.group[0] == split:
+            first, same, other = option.texts
+            pairs += [(first, same, 1), (first, other, 0)]
+    random.Random(f"verses {split}").shuffle(pairs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerow(["id", "sentence1", "sentence2", "is_duplicate"])
+        for number, pair in enumerate(pairs, 1):
+            writer.writerow([f"verse-{split}-{number:04}", *pair])
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", default=DATA, type=Path, metavar="DIR")
+    out = parser.parse_args(arguments).out
+    dropped = repeated_verses()
+    print(f"{len(dropped)} verses dropped that nearly repeat a verse of another split")
+    options = []
+    for book in tqdm(sorted({book_of(verse) for verse in usable("kjv")}), "books"):
+        options += book_options(book, dropped)
+    chosen = choose_pairs(options)
+    for split in USES:
+        write_split(out / f"verses-{split}.csv", split, chosen)
+        counts = Counter(" ".join(o.names) for o in chosen if o.group[0] == split)
+        print(f"{split}:", ", ".join(f"{names} {count}" for names, count in counts.most_common()))
 
 
 if __name__ == "__main__":
