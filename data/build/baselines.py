@@ -146,13 +146,14 @@ def main(arguments=None):
         default = ROOT / "data" / f"verses-{split}.csv"
         parser.add_argument(f"--{split}", default=default, metavar="FILE", help=f"{split} pairs")
     parser.add_argument("--name", default="verses", help="writes results/baselines-NAME.csv")
-    parser.add_argument("--out", default=ROOT / "results", type=Path, metavar="DIR")
+    parser.add_argument("--out", default=ROOT / "results", type=Path, metavar="DIR", help="folder")
     options = parser.parse_args(arguments)
     splits = {split: read_pairs(getattr(options, split)) for split in SPLITS}
     splits = {split: pairs[pairs["label"].notna()] for split, pairs in splits.items()}
     table = baselines(splits)
     table.to_csv(options.out / f"baselines-{options.name}.csv", index=False)
     print(table.to_string(index=False))
+    return table
 
 
 if __name__ == "__main__":
