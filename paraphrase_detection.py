@@ -52,7 +52,7 @@ SPLITS = ("train", "dev", "test")
 FILE_OPTIONS = ("para_train", "para_dev", "para_test")
 OUTPUTS = ("para_dev_out", "para_test_out")
 DATASETS = {  # the files of train, dev and test, and the script that makes them
-    "verses": ("verses-train.csv", "verses-dev.csv", "verses-test.csv", "data/build_verses.py"),
+    "verses": ("verses-train.csv", "verses-dev.csv", "verses-test.csv", "data/build/verses.py"),
     "quora": (
         "quora-train.csv",
         "quora-dev.csv",

@@ -464,7 +464,7 @@ def test_a_value_that_cannot_be_used_is_named(plotless, tmp_path, option, named)
 
 @pytest.mark.parametrize(
     ("dataset", "script"),
-    [("quora", "data/download_quora.py"), ("verses", "data/build_verses.py")],
+    [("quora", "data/download_quora.py"), ("verses", "data/build/verses.py")],
 )
 def test_a_missing_data_set_names_the_script_that_makes_it(
     monkeypatch, model, tmp_path, dataset, script

@@ -69,7 +69,7 @@ LARGEST_RATIO = 0.55  # logarithm of the ratio of lengths; above, a text may lac
 # Jaccard of words and stems; TF-IDF cosine of words, stems, characters, phrases; log length ratio.
 TOLERANCES = np.array([0.05, 0.05, 0.06, 0.06, 0.05, 0.06, 0.6], dtype=np.float32)
 LARGEST_DIFFERENCE = 4  # tolerances
-NEGATIVES, LARGEST_COST = 5, 10.0  # how many are considered per first sentence, and which
+NEGATIVES, LARGEST_COST = 5, 14.0  # how many are considered per first sentence, and which
 ROUNDS, SCORE_WEIGHT = 2, 2.0  # of adversarial filtering
 
 
@@ -143,7 +143,7 @@ def vectorizers():
         "words": {"analyzer": words, "min_df": 2},
         "stems": {"analyzer": cut_words, "min_df": 2},
         "characters": {**ANALYZERS[CHARACTERS], "min_df": 5},
-        "phrases": {"ngram_range": (1, 2), "min_df": 2},
+        "phrases": {"ngram_range": (1, 2), "min_df": 2, "max_df": 0.1},
     }
     return {
         kind: TfidfVectorizer(**analyzer, **settings).fit(tqdm(texts, kind, leave=False))
