@@ -46,15 +46,23 @@ ANALYZERS = {
 
 
 def tfidf(analyzer, splits):
-    """The counts and the TF-IDF rows of both sentences, per split; train determines the weights."""
+    """The counts and the TF-IDF of both sentences, per split; train determines the weights."""
     vectorizer = CountVectorizer(min_df=2, dtype=np.float32, **ANALYZERS[analyzer])
-    vectorizer.fit(pd.concat([splits["train"]["sentence1"], splits["train"]["sentence2"]]))
-    counts = {
-        split: [vectorizer.transform(pairs[name]) for name in ("sentence1", "sentence2")]
-        for split, pairs in splits.items()
+    texts = {s: pd.concat([pairs["sentence1"], pairs["sentence2"]]) for s, pairs in splits.items()}
+    counts = {"train": vectorizer.fit_transform(texts["train"])}
+    for split in SPLITS[1:]:
+        counts[split] = vectorizer.transform(texts[split])
+    weights = TfidfTransformer(sublinear_tf=True).fit(counts["train"])
+    weighted = {split: weights.transform(rows) for split, rows in counts.items()}
+    return halves(counts), halves(weighted)
+
+
+def halves(matrices):
+    """The rows of first and of second sentences, per split."""
+    return {
+        split: (rows[: rows.shape[0] // 2], rows[rows.shape[0] // 2 :])
+        for split, rows in matrices.items()
     }
-    weights = TfidfTransformer(sublinear_tf=True).fit(sparse.vstack(counts["train"]))
-    return counts, {split: list(map(weights.transform, both)) for split, both in counts.items()}
 
 
 def jaccard(first, second):
@@ -70,19 +78,13 @@ def cosine(first, second):
 
 
 def fit_threshold(scores, labels):
-    """The threshold and the sign with which `sign * score > threshold` is correct most often."""
-    best = (-1, 0.0, 1)
-    for sign in (1, -1):
-        order = np.argsort(sign * scores)
-        ranked, gold = sign * scores[order], labels[order]
-        negatives_below = np.r_[0, np.cumsum(1 - gold)]
-        positives_above = gold.sum() - np.r_[0, np.cumsum(gold)]
-        edges = np.r_[-np.inf, (ranked[1:] + ranked[:-1]) / 2, np.inf]
-        distinct = np.r_[True, ranked[1:] > ranked[:-1], True]
-        correct = np.where(distinct, negatives_below + positives_above, -1)
-        index = correct.argmax()
-        best = max(best, (correct[index], edges[index], sign))
-    return best[1:]
+    """The threshold that is correct most often, and whether the scores above it are positive."""
+    values = np.unique(scores)
+    thresholds = np.r_[-np.inf, (values[1:] + values[:-1]) / 2]
+    accuracies = np.array([np.mean((scores > value) == labels) for value in thresholds])
+    if accuracies.max() >= 1 - accuracies.min():
+        return thresholds[accuracies.argmax()], True
+    return thresholds[accuracies.argmin()], False
 
 
 def regression_features(first, second):
@@ -115,29 +117,23 @@ def predictions(splits):
             measures.insert(0, ("Jaccard", jaccard, counts))
         for name, measure, rows in measures:
             scores = {split: measure(*both) for split, both in rows.items()}
-            threshold, sign = fit_threshold(scores["train"], labels["train"])
-            yield (
-                f"{name} of {analyzer}",
-                {split: (sign * scores[split] > threshold).astype(float) for split in splits},
-            )
+            threshold, above = fit_threshold(scores["train"], labels["train"])
+            answers = {split: (scores[split] > threshold) == above for split in splits}
+            yield f"{name} of {analyzer}", answers
     yield f"logistic regression on {CHARACTERS}", regression(weighted, labels)
 
 
 def baselines(splits):
     """A frame with the accuracy of every baseline, from a frame of pairs per split."""
     table = pd.DataFrame(
-        [
-            {"baseline": name}
-            | {
-                f"{split}_accuracy": np.mean(answers[split] == splits[split]["label"])
-                for split in splits
-            }
-            for name, answers in predictions(splits)
-        ]
+        {split: np.mean(answers[split] == splits[split]["label"]) for split in SPLITS}
+        | {"baseline": name}
+        for name, answers in predictions(splits)
     )
-    best = table[1:-1].nlargest(1, "train_accuracy").assign(baseline="best similarity on train")
+    best = table[1:-1].nlargest(1, "train").assign(baseline="best similarity on train")
     table = pd.concat([table[:-1], best, table[-1:]], ignore_index=True)
-    return table.drop(columns="train_accuracy").round(4)
+    columns = {"baseline": "baseline", "dev": "dev_accuracy", "test": "test_accuracy"}
+    return table[list(columns)].rename(columns=columns).round(4)
 
 
 def main(arguments=None):
