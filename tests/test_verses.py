@@ -98,7 +98,7 @@ def test_all_readers_agree(splits, split):
     pairs = read_pairs(path)
     pairs["is_duplicate"] = pairs["label"].astype(int).astype(str)
     assert pairs[list(splits[split][0])].to_dict("records") == splits[split]
-    assert pairs["line"].tolist() == list(range(2, SIZES[split] + 2))
+    assert pairs.index.tolist() == list(range(2, SIZES[split] + 2))
 
 
 @pytest.mark.parametrize("split", SIZES)
