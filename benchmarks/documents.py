@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from config import ROOT
 from evaluation.experiment_plots import draw_parameters
 from evaluation.plots import draw_token_weights, save
-from evaluation.statistics import format_values, markdown
+from evaluation.tables import format_values, markdown
 from training.runs import write_text
 
 MARKED = re.compile(r"<!-- (\S+)( \d+)? -->\n.*?<!-- end -->", re.DOTALL)
