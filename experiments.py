@@ -6,7 +6,8 @@
     python experiments.py poolings --dataset quora     # other options go to the task script
     python experiments.py poolings --continue          # keep the finished runs of NAME.csv
 
-Every finished run is stored at once. Without --continue, a table starts afresh.
+Every finished run is stored at once. Without --continue, a table starts afresh, and its old files
+become before-NAME.csv and before-NAME-texts.csv.gz.
 """
 
 import gzip
@@ -314,6 +315,9 @@ def main(arguments: list[str] | None = None) -> int:
         raise InputError(f"--rows {options.rows} matches none of {'; '.join(experiment.rows)}")
     if options.keep and table.csv.exists():
         table.read(jobs)
+    elif table.csv.exists():  # nobody loses hours by forgetting --continue
+        for path in (table.csv, table.gz):
+            path.replace(path.with_name(f"before-{path.name}"))
     table.write()
     chosen = table.run_all(jobs, range(FIRST_SEED, FIRST_SEED + options.seeds))
     write_report(table, experiment, *table.select(chosen))
