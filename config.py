@@ -46,7 +46,7 @@ def check_number(name: str, value: Any, limits: tuple[float, float], kind: type)
     low, high = limits
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value < high:
         number = "a whole number" if kind is int else "a number"
-        below = f" and below {high:g}" if high < math.inf else ""
+        below = f" and below {high:.10g}" if high < math.inf else ""
         raise InputError(f"{name} must be {number} of at least {low:g}{below}, not {value!r}")
 
 
@@ -69,9 +69,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            choices = entry.metadata["option"].get("choices")
             if entry.type in (int, float):
-                value = getattr(self, entry.name)
                 check_number(entry.name, value, entry.metadata["limits"], entry.type)
+            elif isinstance(value, str) and value not in choices:
+                raise InputError(f"{entry.name} must be one of {', '.join(choices)}, not {value}")
 
 
 @dataclass(frozen=True)

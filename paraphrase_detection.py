@@ -18,7 +18,7 @@ from datasets import PairsDataset, make_pairs, note_repeated_texts, read_pairs, 
 from evaluation.metrics import classification_metrics, classify, metrics_table, pair_metrics
 from evaluation.plots import draw_attention
 from models.adapters import load_model
-from models.paraphrase_gpt import ANSWERS, ParaphraseGPT
+from models.paraphrase_gpt import ANSWERS, HEAD_FILE, ParaphraseGPT
 from pooling import POOLINGS
 from training import distributed
 from training import options as opt
@@ -67,6 +67,8 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     options = opt.parse(parser, arguments, REPORT)
     if options.use_lora and options.freeze_gpt:
         raise InputError("--use_lora trains GPT-2 and --freeze_gpt does not; remove one of them")
+    if options.freeze_gpt:
+        options.method = "frozen"
     penalties = [f"--{name}" for name in PENALTIES if vars(options)[name] is not None]
     if penalties and options.pooling != "multihead":
         raise InputError(f"{penalties[0]} needs --pooling multihead, not {options.pooling}")
@@ -104,14 +106,17 @@ def main(options: Namespace) -> None:
 
     # Data, model and method
     settings = {name: vars(options)[name] for name in PENALTIES if vars(options)[name] is not None}
-    gpt = load_model(options.model_size)
-    model = ParaphraseGPT(gpt, options.pooling, options.pair_encoding, **settings)
+    if (Path(options.model_size) / HEAD_FILE).is_file():  # a run's best/ is trained further
+        model = ParaphraseGPT.from_pretrained(options.model_size)
+    else:
+        gpt = load_model(options.model_size)
+        model = ParaphraseGPT(gpt, options.pooling, options.pair_encoding, **settings)
     prepare(model, options, hardware)
     pairs = {split: read_split(options, split) for split in SPLITS}
     texts = {s: frame[["sentence1", "sentence2"]].values.tolist() for s, frame in pairs.items()}
     note_repeated_texts(texts)
     datasets = {split: make_dataset(model, split, frame) for split, frame in pairs.items()}
-    variant = (options.pooling, options.pair_encoding)
+    variant = (model.settings["pooling"], model.settings["pair_encoding"])
     run = open_run("paraphrases", variant, model, options, hardware)
 
     # Training
@@ -126,6 +131,7 @@ def main(options: Namespace) -> None:
     # The best model: its metrics and predictions
     if epochs:
         model = ParaphraseGPT.from_pretrained(run.best).to(hardware.device)
+    del datasets["train"]
     metrics, logits, results = evaluate(model, datasets, hardware)
     weights = token_weights(
         model, datasets["dev"], range(len(datasets["dev"].ids))[:EXAMPLES], hardware
@@ -134,10 +140,10 @@ def main(options: Namespace) -> None:
     per_text = join_texts(results, pairs)
     usage = f'python paraphrase_detection.py --predict {run.shown}/best --pair "one text" "another"'
     outputs = format_predictions(options, datasets, logits)
-    finish_run(run, epochs, Results(settings | metrics, per_text, outputs, usage))
+    finish_run(run, task, epochs, Results(settings | metrics, per_text, outputs, usage))
     if weights is not None:
         write_csv(run.folder / "attention.csv", weights)
-        title = f"token weights of {options.pooling} pooling"
+        title = f"token weights of {variant[0]} pooling"
         draw_attention(run.folder / "attention.png", weights, title)
 
 
@@ -194,8 +200,8 @@ def join_texts(results: dict[str, pd.DataFrame], pairs: dict[str, pd.DataFrame])
 
 def format_predictions(
     options: Namespace, datasets: dict[str, PairsDataset], logits: dict[str, Tensor]
-) -> dict[str, tuple[str, str]]:
-    """Path and text of dev and test predictions, in the course's format: every id and 0 or 1.
+) -> dict[str, str]:
+    """Text by path of dev and test predictions, in the course's format: every id and 0 or 1.
 
     A skipped pair gets the majority class of the dev pairs.
     """
@@ -205,8 +211,8 @@ def format_predictions(
         dataset = datasets[split]
         answers = dict(zip(dataset.ids, logits[split].argmax(1).tolist(), strict=True))
         lines = [f"{name}, {answers.get(name, majority)} \n" for name in dataset.all_ids]
-        text = "id \t Predicted_Is_Paraphrase \n" + "".join(lines)
-        outputs[f"para-{split}-output.csv"] = vars(options)[f"para_{split}_out"], text
+        path = vars(options)[f"para_{split}_out"]
+        outputs[path] = "id \t Predicted_Is_Paraphrase \n" + "".join(lines)
     return outputs
 
 
@@ -238,7 +244,7 @@ def predict_only(options: Namespace, hardware: opt.Hardware) -> None:
     pairs = {split: read_split(options, split) for split in SPLITS[1:]}
     datasets = {split: make_dataset(model, split, frame) for split, frame in pairs.items()}
     metrics, logits, _ = evaluate(model, datasets, hardware)
-    for path, text in format_predictions(options, datasets, logits).values():
+    for path, text in format_predictions(options, datasets, logits).items():
         write_text(path, text)
         print(f"predictions: {path}")
     print(metrics_table(metrics))
@@ -246,9 +252,10 @@ def predict_only(options: Namespace, hardware: opt.Hardware) -> None:
 
 def answer_pairs(pairs: list[list[str]], model: ParaphraseGPT, hardware: opt.Hardware) -> None:
     """Print whether the texts of each pair mean the same, and how a learned pooling weighs them."""
+    for texts in pairs:
+        if not all(map(str.strip, texts)):
+            raise InputError(f"--pair {texts} has an empty text; give two texts")
     dataset = PairsDataset(make_pairs(pairs), model.gpt, model.settings["pair_encoding"])
-    if dataset.skipped_lines:
-        raise InputError(f"--pair {pairs[dataset.skipped_lines[0]]} has an empty text; give two")
     probabilities = evaluate(model, {"pairs": dataset}, hardware)[1]["pairs"].softmax(1)
     for index, (probability, answer) in enumerate(zip(*probabilities.max(1), strict=True)):
         print(f"{ANSWERS[answer]} (probability {probability:.3f}): {' | '.join(pairs[index])}")

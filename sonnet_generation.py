@@ -104,16 +104,14 @@ def main(options: Namespace) -> None:
             texts[split] = generate(model, prompts, vars(options) | {"max_lines": 0}, hardware)
         if split in held_out:
             metrics |= sonnet_metrics(split, texts[split], frame["text"], sonnets["train"]["text"])
-    limited = [first_lines(text, options.max_lines) for text, _ in texts["test"]]
-    dev_text = format_sonnets(sonnets["dev"], [text for text, _ in texts["dev"]])
-    dev_path = Path(options.sonnet_out).with_name("generated_dev_sonnets.txt")
+    dev_out = Path(options.sonnet_out).with_name("generated_dev_sonnets.txt")
     outputs = {
-        "generated_sonnets.txt": (options.sonnet_out, format_sonnets(sonnets["test"], limited)),
-        "generated_dev_sonnets.txt": (str(dev_path), dev_text),
+        options.sonnet_out: format_sonnets(sonnets["test"], texts["test"], options.max_lines),
+        str(dev_out): format_sonnets(sonnets["dev"], texts["dev"], options.max_lines),
     }
-    print(f"\n{preview(sonnets['test'], limited)}")
+    print(f"\n{preview(sonnets['test'], texts['test'], options.max_lines)}")
     usage = f'python sonnet_generation.py --generate {run.shown}/best --prompt "Shall I"'
-    finish_run(run, epochs, Results(metrics, losses, outputs, usage))
+    finish_run(run, task, epochs, Results(metrics, losses, outputs, usage))
 
 
 def make_datasets(sonnets: dict[str, pd.DataFrame], model: SonnetGPT) -> dict[str, SonnetsDataset]:
@@ -160,9 +158,11 @@ def generate_only(options: Namespace, hardware: opt.Hardware) -> None:
     if options.prompt is None:
         sonnets = read_sonnets(options.held_out_sonnet_path)
         prompts = sonnets["text"].map(sonnet_prompt).tolist()
-        texts = [text for text, _ in generate(model, prompts, vars(options), hardware)]
-        write_text(options.sonnet_out, format_sonnets(sonnets, texts))
-        print(f"{preview(sonnets, texts)}\n\nall {len(texts)}: {options.sonnet_out}")
+        texts = generate(model, prompts, vars(options), hardware)
+        write_text(options.sonnet_out, format_sonnets(sonnets, texts, options.max_lines))
+        print(
+            f"{preview(sonnets, texts, options.max_lines)}\n\nall {len(texts)}: {options.sonnet_out}"
+        )
         return
     prompts = [read_prompt(text) for text in options.prompt for _ in range(options.num_samples)]
     texts = generate(model, prompts, vars(options), hardware)
@@ -195,24 +195,25 @@ def score(options: Namespace) -> dict[str, float]:
     if gold.map(continuation).eq("").any():
         raise InputError(f"{options.held_out_sonnet_path} has prompts only; name whole sonnets")
     continued = [Continuation(text, True) for text in texts[gold.index]]
-    train = read_sonnets(options.sonnet_path)["text"]
-    return sonnet_metrics("test", continued, gold, train)
+    metrics = sonnet_metrics("test", continued, gold, read_sonnets(options.sonnet_path)["text"])
+    del metrics["test_ended"]  # a file does not tell
+    return metrics
 
 
-def format_sonnets(sonnets: pd.DataFrame, texts: list[str]) -> str:
-    """The course's format: a header, then the number and text of each sonnet."""
+def format_sonnets(sonnets: pd.DataFrame, texts: list[Continuation], max_lines: int) -> str:
+    """The course's format: a header, then the number and the first lines of each sonnet."""
     numbered = zip(sonnets["id"], texts, strict=True)
-    blocks = [f"\n{number}\n\n{text}\n" for number, text in numbered]
+    blocks = [f"\n{number}\n\n{first_lines(text, max_lines)}\n" for number, (text, _) in numbered]
     return "--Generated Sonnets--\n\n" + "".join(blocks)
 
 
-def preview(sonnets: pd.DataFrame, texts: list[str]) -> str:
+def preview(sonnets: pd.DataFrame, texts: list[Continuation], max_lines: int) -> str:
     """The first two sonnets for the screen; a bar marks generated lines."""
     blocks = []
-    for number, text, reference in zip(sonnets["id"][:2], texts, sonnets["text"], strict=False):
-        prompt = sonnet_prompt(reference)
-        new = text.removeprefix(prompt).replace("\n", "\n| ")
-        blocks.append(f"sonnet {number}, continued\n{prompt}| {new}")
+    for sonnet, (text, _) in zip(sonnets.head(2).itertuples(), texts, strict=False):
+        prompt = sonnet_prompt(sonnet.text)
+        new = first_lines(text, max_lines).removeprefix(prompt).replace("\n", "\n| ")
+        blocks.append(f"sonnet {sonnet.id}, continued\n{prompt}| {new}")
     return "\n\n".join(blocks)
 
 

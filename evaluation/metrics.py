@@ -1,6 +1,7 @@
 """Metrics of language models and of classifiers of pairs."""
 
 import math
+import re
 
 import pandas as pd
 import torch
@@ -34,7 +35,7 @@ def language_model_metrics(
         losses.append(model.loss(**{name: tensor.to(device) for name, tensor in batch.items()}))
     texts = pd.DataFrame({"id": dataset.ids, "loss": torch.stack(losses).tolist()})
     texts["tokens"] = dataset.lengths
-    # Numbers of numpy could not be read from a resume state.
+    # Python floats: torch.load(weights_only=True) rejects NumPy scalars.
     total = float((texts["loss"] * texts["tokens"]).sum())
     loss = total / sum(dataset.lengths)
     metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
@@ -95,12 +96,9 @@ def pair_metrics(logits: Tensor, dataset: PairsDataset) -> tuple[dict[str, float
 
 def metrics_table(metrics: dict[str, float]) -> str:
     """One row per metric and one column per split and source, for the screen."""
-    table: dict[str, dict[str, str]] = {}
-    for name, value in metrics.items():
-        for split_name in ("train", "dev", "test"):
-            source, found, metric = name.partition(f"{split_name}_")
-            if found:
-                shown = f"{value:.3f}" if isinstance(value, float) else str(value)
-                column = f"{source}{split_name}".replace("_", " ")
-                table.setdefault(column, {})[metric] = shown
-    return pd.DataFrame(table).to_string(na_rep="")
+    pattern = r"(.*?(?:train|dev|test))_(.*)"
+    matches = {re.fullmatch(pattern, name): value for name, value in metrics.items()}
+    names = [match.groups() for match in matches if match]
+    values = [value for match, value in matches.items() if match]
+    table = pd.Series(values, pd.MultiIndex.from_tuples(names), dtype=object)
+    return table.unstack(0, sort=False).to_string(float_format="{:.3f}".format, na_rep="")

@@ -14,9 +14,10 @@ import pronouncing
 from sacrebleu.metrics import CHRF
 
 from datasets import GIVEN_LINES, continuation, sonnet_prompt, verse_lines
-from models.generation import Continuation
+from models.generation import Continuation, first_lines
 
 RHYMING_LINES = ((1, 3), (4, 6), (5, 7), (8, 10), (9, 11), (12, 13))  # ABAB CDCD EFEF GG without A
+LINES = 14
 RANDOM_SAMPLES = 20
 
 
@@ -26,8 +27,9 @@ def sonnet_metrics(
     """chrF and form of texts that continue the references of a split, and of two baselines.
 
     The baselines are the references themselves (`gold_`) and the prompts with random lines of
-    training sonnets (`random_`). `chrf` is of the lines after the prompt; `chrf_with_prompt` is the
-    course's metric, in which the given lines count.
+    training sonnets (`random_`). `chrf` is of the lines after the prompt, up to the 14th;
+    `chrf_with_prompt` is the course's metric, in which the given lines count. A last line that was
+    cut off is left out.
     """
     generator, references = random.Random(0), list(references)
     pool = [line for text in train for line in verse_lines(text)]
@@ -37,9 +39,11 @@ def sonnet_metrics(
         baseline.append(sonnet_prompt(text) + "\n".join(lines))
     metrics = {f"{split}_ended": float(np.mean([text.ended for text in texts]))}
     finished = [finished_lines(text) for text in texts]
-    for source, sonnets in (("", finished), ("gold_", references), ("random_", baseline)):
+    limited = [first_lines(text, LINES) for text in finished]
+    sources = {"": (finished, limited), "gold_": (references,) * 2, "random_": (baseline,) * 2}
+    for source, (whole, sonnets) in sources.items():
         targets = references * (len(sonnets) // len(references))
-        values = sonnet_form(sonnets, train) | {
+        values = sonnet_form(whole, train) | {
             "chrf": chrf(list(map(continuation, sonnets)), list(map(continuation, targets))),
             "chrf_with_prompt": chrf(sonnets, targets),
         }

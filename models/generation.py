@@ -56,7 +56,7 @@ def continue_batch(
         uniform = torch.cat([torch.rand(1, DRAWS, generator=g) for g in generators]).to(device)
         tokens = sample(logits, uniform, sampling)[:, None]
         seen.scatter_(1, tokens, True)
-        # A finished text stays in the batch as padding, which nothing attends to.
+        # A finished text stays in the batch as masked padding.
         mask = torch.cat([mask, torch.tensor(running, device=device)[:, None]], 1)
         for text, token, runs in zip(texts, tokens[:, 0].tolist(), running, strict=True):
             if runs:

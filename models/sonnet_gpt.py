@@ -2,6 +2,7 @@
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from models.gpt2 import GPT2Model
 from models.mixed_adapters import mixed_adapters
 from modules.loss import VocabularyLoss
 
-BATCH_SIZE = 64  # prompts that are continued together
+BATCH_SIZE = 32  # prompts that are continued together
 
 
 class SonnetGPT(nn.Module):
@@ -36,15 +37,9 @@ class SonnetGPT(nn.Module):
         hidden = self.gpt(input_ids)["last_hidden_state"]
         return self.vocabulary_loss(hidden, self.gpt.token_embedding.weight, labels)
 
-    def generate(
-        self,
-        prompts: list[str],
-        seed: int = 0,
-        adapters: list[str | Path | None] | None = None,
-        **sampling: float,
-    ) -> list[str]:
-        """Each prompt with its continuation; see `continue_texts`."""
-        return [text for text, _ in self.continue_texts(prompts, seed, adapters, **sampling)]
+    def generate(self, prompts: list[str], **settings: Any) -> list[str]:
+        """Each prompt with its continuation; `settings` are those of continue_texts."""
+        return [text for text, _ in self.continue_texts(prompts, **settings)]
 
     def continue_texts(
         self,
@@ -75,7 +70,7 @@ class SonnetGPT(nn.Module):
             mixed = contextlib.nullcontext()
             if adapters is not None:
                 mixed = mixed_adapters(self, adapters[batch])
-            with mixed, torch.inference_mode():
+            with mixed, torch.no_grad():
                 texts += continue_batch(self.gpt, prompts[batch], config, seeds[batch])
         self.gpt.train(was_training)
         return texts

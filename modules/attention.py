@@ -10,9 +10,9 @@ from config import GPT2Config
 
 
 class KVCache:
-    """Keys and values of all layers for the tokens seen so far, in memory that is allocated once.
+    """Keys and values of all layers for the tokens seen so far.
 
-    It has the precision of the first keys that it gets.
+    The memory is allocated once, with the dtype of the first keys.
     """
 
     def __init__(self, config: GPT2Config, batch: int, max_tokens: int) -> None:

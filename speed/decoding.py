@@ -18,12 +18,14 @@ def speed_up_decoding(model: SonnetGPT, dtype: torch.dtype, rows: int) -> Sonnet
     """A copy of the model that shares its parameters and decodes about `rows` texts faster.
 
     LoRA is merged into the copy. The weights of linear layers are packed, in `dtype`, or cast once
-    on a GPU; logits are float32. Use the copy for generation only.
+    on a GPU; logits are float32. Use the copy for generation without `adapters` only.
     """
-    memo = {id(shared): shared for shared in (*model.parameters(), model.gpt.tokenizer)}
+    memo = {id(model.gpt.tokenizer): model.gpt.tokenizer}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
     fast = merge_lora(copy.deepcopy(model, memo)).eval()
     if not onednn_is_available(next(model.parameters()).device.type):
-        return speed_up(fast.requires_grad_(False))
+        return speed_up(fast)
     for name, part in list(fast.named_modules()):
         if isinstance(part, nn.Linear):
             fast.set_submodule(name, PackedLinear(part.weight, part.bias, dtype, rows))

@@ -4,7 +4,6 @@ Every process holds the model and takes its share of each batch, and gradients a
 processes take the same steps as one. Only the main process (rank 0) evaluates, prints and writes.
 """
 
-import contextlib
 import math
 import os
 import sys
@@ -63,7 +62,7 @@ def shutdown() -> None:
 
 
 def from_main(make: Callable[[], Any]) -> Any:
-    """The value that `make` returns in the main process; its errors are raised in all processes."""
+    """The value that `make` returns in the main process; if it fails, all processes end."""
     if world_size() == 1:
         return make()
     result = [None]
@@ -74,7 +73,9 @@ def from_main(make: Callable[[], Any]) -> Any:
             result = [error]
     dist.broadcast_object_list(result)
     if isinstance(result[0], Exception):
-        raise result[0]
+        if rank() == 0:
+            raise result[0]
+        sys.exit(1)  # the main process reports the error
     return result[0]
 
 
@@ -100,13 +101,6 @@ def data_parallel(model: nn.Module) -> nn.Module:
     """The loss of a model; backward averages gradients over all processes."""
     loss = Loss(model)
     return DistributedDataParallel(loss) if world_size() > 1 else loss
-
-
-def no_sync(loss: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:
-    """Within the block, gradients are only accumulated, unless it is the last micro-batch."""
-    if is_last or world_size() == 1:
-        return contextlib.nullcontext()
-    return loss.no_sync()
 
 
 def micro_batches(indices: list[int], count: int) -> list[list[int]]:

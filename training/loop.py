@@ -19,7 +19,7 @@ from training.runs import Run, write_csv
 
 LOG_INTERVALS = {"cpu": 1, "cuda": 10}  # steps between two reads of the losses: the host waits
 SAVE_SECONDS = 300  # between two resume states within an epoch
-MAX_SKIPPED = 30  # float16 steps in succession without a finite gradient; each halves the scale
+MAX_SKIPPED = 30  # float16 consecutive steps without a finite gradient; each halves the scale
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class Trainer:
         step_size = config.batch_size * config.grad_accumulation
         steps_per_epoch = len(dataset.batches(step_size, config.seed, 0))
         total = config.epochs * steps_per_epoch
-        hidden = None if distributed.rank() == 0 else True  # None: without a terminal
-        bar = tqdm(total=total, unit="step", leave=False, disable=hidden)
+        no_bar = None if distributed.rank() == 0 else True  # None: if there is no terminal
+        bar = tqdm(total=total, unit="step", leave=False, disable=no_bar)
         bar.update(len(progress.steps))
         while len(progress.epochs) < config.epochs and not self.is_out_of_patience():
             epoch = len(progress.epochs)
@@ -80,6 +80,8 @@ class Trainer:
             started = time.perf_counter() - progress.seconds
             saved_after = progress.seconds
             self.model.train()
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)  # without evaluation
             for indices in dataset.batches(step_size, config.seed, epoch)[progress.step :]:
                 number = epoch * steps_per_epoch + progress.step
                 torch.manual_seed(seed_from(config.seed, number, distributed.rank()))
@@ -114,13 +116,14 @@ class Trainer:
         for index, part in enumerate(micro_batches):
             # A process without data takes an example with weight zero, because others wait for it.
             batch = dataset.collate(part or indices[:1])
-            batch = {name: to_device(tensor, self.device) for name, tensor in batch.items()}
+            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
             weight = dataset.num_targets(part) / num_targets
-            with distributed.no_sync(self.loss, index == len(micro_batches) - 1):
-                with self.hardware.autocast():
-                    loss = self.loss(batch)
-                # Micro-batches add up, and processes average, to the mean over all targets.
-                scaler.scale(loss * (weight * distributed.world_size())).backward()
+            # DistributedDataParallel averages gradients in the last backward pass only.
+            self.loss.require_backward_grad_sync = index == len(micro_batches) - 1
+            with self.hardware.autocast():
+                loss = self.loss(batch)
+            # Micro-batches add up, and processes average, to the mean over all targets.
+            scaler.scale(loss * (weight * distributed.world_size())).backward()
             loss_sum += loss.detach() * weight
         scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
@@ -163,7 +166,7 @@ class Trainer:
     def end_epoch(self) -> str:
         """Evaluate, record the epoch, save state and best model; returns a line for the screen."""
         progress = self.progress
-        memory = peak_memory_gb(self.device)  # before evaluation and saving
+        memory = peak_memory_gb(self.device)
         self.model.eval()
         metrics = distributed.from_main(self.task.evaluate)
         for name, value in metrics.items():
@@ -274,15 +277,8 @@ def best_epoch(epochs: list[dict[str, float]], metric: str) -> int:
     return int(choose(epochs, key=lambda record: record[metric])["epoch"])
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of the host; on CUDA the host does not wait, which needs pinned memory."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
 def peak_memory_gb(device: torch.device) -> float | None:
-    """Peak memory in GB: allocated on CUDA, else of this process; None if it is unknown."""
+    """Peak memory in GB: of training on CUDA, else of the whole process; None if it is unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:

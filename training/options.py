@@ -96,12 +96,16 @@ def task_parser(description: str | None, **defaults: Any) -> Parser:
 def parse(
     parser: Parser, arguments: list[str] | None, report: dict[str, Any]
 ) -> argparse.Namespace:
-    """Parse options, with the defaults of `report` if --preset report is among them."""
+    """Parse options, with the defaults of `report` if --preset report is among them.
+
+    Adds `method`: full or lora.
+    """
     if parser.parse_known_args(arguments)[0].preset == "report":
         parser.set_defaults(**report)
     options = parser.parse_args(arguments)
     if options.dropout is not None:
         check_number("dropout", options.dropout, (0, 1), float)
+    options.method = "lora" if options.use_lora else "full"
     return options
 
 
@@ -112,12 +116,11 @@ def is_tiny(model: str) -> bool:
 
 def train_config(options: argparse.Namespace, tiny_rates: dict[str, float]) -> TrainConfig:
     """The TrainConfig, with the default learning rate of model and method."""
-    method = "lora" if options.use_lora else "full"
     rates = tiny_rates if is_tiny(options.model_size) else GPT2_RATES
     if options.preset == "report":
         rates = REPORT_RATES
     if options.lr is None:
-        options.lr = rates[method]
+        options.lr = rates[options.method]
     return from_options(TrainConfig, options)
 
 

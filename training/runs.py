@@ -29,7 +29,7 @@ FILE_OPTIONS += ("para_train", "para_dev", "para_test")
 NOT_COMPARED = {"out_dir", "resume", "model_size", "device", "use_gpu", "checkpoint_every"}
 NOT_COMPARED |= {"gradient_checkpointing", "dtype", "sonnet_out", "para_dev_out", "para_test_out"}
 NOT_COMPARED |= set(FILE_OPTIONS)
-locks = []  # this process holds them until it ends
+locks = []  # kept alive, so that they are released when the process ends
 
 
 class Run:
@@ -180,15 +180,14 @@ def write_csv(path: Path, records: list[dict[str, Any]] | pd.DataFrame) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """The host, the packages and the commit, with a + if tracked code was edited."""
-    outputs = []
-    for command in ("git rev-parse --short=12 HEAD", "git diff --name-only HEAD -- *.py"):
-        with contextlib.suppress(OSError):  # there is no git
-            result = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True)
-            outputs.append(result.stdout.strip())
-    commit, edited = outputs or ("", "")
+    """The host, the packages and the commit, with a + if tracked files were edited."""
+    command = "git describe --always --dirty=+ --exclude=* --abbrev=12"
+    commit = None
+    with contextlib.suppress(OSError):  # there is no git
+        result = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True)
+        commit = result.stdout.strip() or None
     return {
-        "commit": f"{commit}+" if edited else commit or None,
+        "commit": commit,
         "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
         "python": platform.python_version(),
         "host": socket.gethostname(),

@@ -15,7 +15,7 @@ from lora import apply_lora, backbone, lora_layers, merge_lora
 from models.adapters import base_sha256
 from speed.training import speed_up
 from training import distributed
-from training.loop import best_epoch
+from training.loop import Task, best_epoch
 from training.options import Hardware, from_options
 from training.runs import FILE_OPTIONS, Run, file_sha256, write_csv, write_json, write_text
 
@@ -38,7 +38,7 @@ def prepare(model: nn.Module, options: Namespace, hardware: Hardware) -> None:
     """Choose what is trained and how; an adapter that the GPT-2 has is trained further."""
     gpt = backbone(model)
     if not options.use_lora:
-        merge_lora(gpt).requires_grad_(method_of(options) == "full")
+        merge_lora(gpt).requires_grad_(options.method == "full")
     elif not lora_layers(gpt):
         apply_lora(gpt, from_options(LoRAConfig, options, prefix="lora_"))
     if options.dropout is not None:
@@ -49,13 +49,6 @@ def prepare(model: nn.Module, options: Namespace, hardware: Hardware) -> None:
         gpt.compile(dynamic=True)
     elif not options.plain:
         speed_up(model)
-
-
-def method_of(options: Namespace) -> str:
-    """full, lora or frozen."""
-    if options.use_lora:
-        return "lora"
-    return "frozen" if vars(options).get("freeze_gpt") else "full"
 
 
 def set_dropout(gpt: nn.Module, p: float) -> None:
@@ -69,7 +62,7 @@ def open_run(
     task: str, variant: tuple[str, ...], model: nn.Module, options: Namespace, hardware: Hardware
 ) -> Run:
     """Open the run's folder in the main process and print what will be trained."""
-    values, method = vars(options), method_of(options)
+    values, method = vars(options), options.method
     inputs = {
         "task": task,
         "data_sha256": {name: file_sha256(values[name]) for name in FILE_OPTIONS if name in values},
@@ -96,39 +89,38 @@ def open_run(
 
 @dataclass(frozen=True)
 class Results:
-    """What a script has found out with the best model."""
+    """Results of the best model."""
 
     metrics: dict[str, Any]
     per_text: pd.DataFrame  # results of single texts
-    outputs: dict[str, tuple[str, str]]  # name in predictions/ -> path of a copy, and the text
+    outputs: dict[str, str]  # path -> text; the run's predictions/ get a copy
     usage: str  # the command that uses the model
 
 
-def finish_run(run: Run, epochs: list[dict[str, Any]], results: Results) -> None:
+def finish_run(run: Run, task: Task, epochs: list[dict[str, Any]], results: Results) -> None:
     """Write results, summary.json, plots and the README of the best model, and print metrics."""
-    summary = run.summary | summarize(epochs) | results.metrics
-    for name, (_, text) in results.outputs.items():
-        write_text(run.folder / "predictions" / name, text)
+    summary = run.summary | summarize(epochs, task.metric) | results.metrics
+    for path, text in results.outputs.items():
+        write_text(run.folder / "predictions" / Path(path).name, text)
     write_csv(run.folder / "per_text.csv", results.per_text)
     write_json(run.folder / "summary.json", summary)
-    for path, text in results.outputs.values():
+    for path, text in results.outputs.items():
         write_text(path, text)
     if epochs:
         table = pd.Series(summary, name="value").rename_axis("metric").to_markdown()
         title = f"# {run.title}\n\nThe best epoch of a run of this project."
         write_text(run.best / "README.md", f"{title}\n\n    {results.usage}\n\n{table}\n")
         draw_curves(run.folder, run.title, summary.get("base_dev_loss"))
-    paths = ", ".join(path for path, _ in results.outputs.values())
-    print(f"\n{metrics_table(results.metrics)}\n\npredictions: {paths}")
-    print(f"metrics, plots and best model: {run.shown}\n{results.usage}")
+        print(f"\nnext: {results.usage}")
+    print(f"\n{metrics_table(results.metrics)}\n\npredictions: {', '.join(results.outputs)}")
+    print(f"metrics, plots and best model: {run.shown}")
 
 
-def summarize(epochs: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(epochs: list[dict[str, Any]], metric: str) -> dict[str, Any]:
     """The training part of summary.json; times are of training without evaluation."""
     if not epochs:
         return {"epochs": 0, "best_epoch": 0, "peak_memory_gb": None}
     table = pd.DataFrame(epochs)
-    metric = "dev_accuracy" if "dev_accuracy" in table else "dev_loss"
     best, seconds = best_epoch(epochs, metric), table["seconds"].sum()
     return {
         "epochs": len(table),
