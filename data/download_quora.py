@@ -38,10 +38,10 @@ LICENCE = (
 )
 
 
-def download():
-    """The path of the archive in data/cache, where it is downloaded once.
+def download() -> Path:
+    """Return the path of the archive in data/cache, where it is downloaded once.
 
-    Raises InputError for an error or an incomplete download.
+    Raises InputError if the download fails or is incomplete.
     """
     if ARCHIVE.is_file():
         print(f"using {ARCHIVE}; delete it to download it again")
@@ -61,8 +61,8 @@ def download():
     return ARCHIVE
 
 
-def read_lines(archive):
-    """The lines of both members of the archive, without their headers.
+def read_lines(archive: Path) -> list[str]:
+    """Return the lines of both members of the archive, without their headers.
 
     Raises InputError for any other kind of file.
     """
@@ -81,8 +81,8 @@ def read_lines(archive):
     return lines
 
 
-def parse(line):
-    """The fields of a line: as CSV if that gives six, else with quotes as ordinary characters."""
+def parse(line: str) -> list[str]:
+    """Return a line's fields: as CSV if that gives six, else with quotes as ordinary characters."""
     try:
         fields = next(csv.reader([line], delimiter="\t", strict=True))
     except csv.Error:
@@ -90,13 +90,13 @@ def parse(line):
     return fields if len(fields) == len(HEADER) else line.split("\t")
 
 
-def pair_key(first, second):
-    """Two texts as one, which does not depend on their order, case and white space."""
+def pair_key(first: str, second: str) -> str:
+    """Join two texts into one that does not depend on their order, case and white space."""
     return "\n".join(sorted(" ".join(text.casefold().split()) for text in (first, second)))
 
 
-def split_of(key):
-    """The split of a pair by a hash of its texts, with the shares of the course.
+def split_of(key: str) -> str:
+    """Return the split of a pair by a hash of its texts, with the shares of the course.
 
     These are 70 % train, 10 % dev and 20 % test.
     """
@@ -108,8 +108,8 @@ def split_of(key):
     return "test-student"
 
 
-def to_pairs(lines):
-    """The pairs as a table with `id`, `sentence1`, `sentence2`, `is_duplicate` and `key`.
+def to_pairs(lines: list[str]) -> pd.DataFrame:
+    """Return the pairs as a table with `id`, `sentence1`, `sentence2`, `is_duplicate` and `key`.
 
     Lines without six fields, an id, two questions and a label are left out. Of lines with the same
     id or the same two texts, the first is kept.
@@ -125,8 +125,8 @@ def to_pairs(lines):
     return pairs.drop_duplicates("id").drop_duplicates("key")
 
 
-def small_splits(train, dev):
-    """The three tables of --small, taken from the full train and dev tables."""
+def small_splits(train: pd.DataFrame, dev: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the three tables of --small, taken from the full train and dev tables."""
     if len(train) < SMALL_TRAIN + SMALL_TEST or len(dev) < SMALL_DEV:
         found = f"{len(train):,} pairs in train and {len(dev):,} in dev"
         raise InputError(f"{found} are too few for --small; {WAY_OUT}")
@@ -137,7 +137,7 @@ def small_splits(train, dev):
     }
 
 
-def write(tables, folder):
+def write(tables: dict[str, pd.DataFrame], folder: Path) -> None:
     """Write a file for each table; older files are only replaced after all are written."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, table in tables.items():
@@ -152,7 +152,7 @@ def write(tables, folder):
         print(f"{path}: {len(table):,} pairs, {labels}")
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     """Download, split and write; print what was written and what was dropped."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

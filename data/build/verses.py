@@ -75,7 +75,7 @@ ROUNDS, SCORE_WEIGHT = 2, 2.0  # of adversarial filtering
 
 @dataclass(frozen=True)
 class Option:
-    """A positive pair, a verse in two translations, and another verse for its negative pair."""
+    """Hold a positive pair (a verse in two translations) and a verse for its negative pair."""
 
     names: tuple[str, str]
     verse: int
@@ -83,37 +83,37 @@ class Option:
     cost: float
 
     @property
-    def group(self):
-        """Split and Testament."""
+    def group(self) -> tuple[str, str]:
+        """Return the split and the Testament of the verse."""
         return split_of(self.verse), testament(book_of(self.verse))
 
     @property
-    def texts(self):
-        """The first sentence, and the second one of the positive and of the negative pair."""
+    def texts(self) -> tuple[str, str, str]:
+        """Return the first sentence, and the second one of the positive and the negative pair."""
         first, second = map(usable, self.names)
         return first[self.verse], second[self.verse], second[self.other]
 
 
-def split_of(verse):
-    """The split that a verse's book belongs to."""
+def split_of(verse: int) -> str:
+    """Return the split that a verse's book belongs to."""
     for split, books in HELD_OUT.items():
         if book_of(verse) in books.values():
             return split
     return "train"
 
 
-def testament(book):
-    """The book's Testament, "old" or "new"."""
+def testament(book: int) -> str:
+    """Return the book's Testament, "old" or "new"."""
     return "old" if book < MATTHEW else "new"
 
 
-def clean(text):
-    """A verse without headings and stray spaces."""
+def clean(text: str) -> str:
+    """Return a verse without headings and stray spaces."""
     return _SPACE.sub("", _HEADING.sub("", text))
 
 
-def is_whole(name, verse, text):
-    """Whether a verse of a translation has no heading, no damage and all of its direct speech."""
+def is_whole(name: str, verse: int, text: str) -> bool:
+    """Return whether a verse has no heading, no damage and all of its direct speech."""
     if book_of(verse) == PSALMS and verse % 1000 == 1:
         return False
     if verse // 1000 == LETTERED and verse % 8 == 1:
@@ -124,8 +124,8 @@ def is_whole(name, verse, text):
 
 
 @cache
-def usable(name):
-    """A translation's clean and whole verses of usual length."""
+def usable(name: str) -> dict[int, str]:
+    """Return a translation's clean and whole verses of usual length."""
     verses = {verse: clean(text) for verse, text in read_translation(name).items()}
     return {
         verse: text
@@ -135,8 +135,8 @@ def usable(name):
 
 
 @cache
-def vectorizers():
-    """TF-IDF of words, stems, characters and phrases over all translations."""
+def vectorizers() -> dict[str, TfidfVectorizer]:
+    """Fit TF-IDF vectorizers of words, stems, characters and phrases on all translations."""
     texts = [text for name in NAMES for text in usable(name).values()]
     settings = {"sublinear_tf": True, "dtype": np.float32}
     analyzers = {
@@ -151,14 +151,14 @@ def vectorizers():
     }
 
 
-def phrase_cosines(first, second):
-    """TF-IDF cosine of words and word pairs of each first text with each second."""
+def phrase_cosines(first: list[str], second: list[str]) -> np.ndarray:
+    """Return the TF-IDF cosine of words and word pairs of each first text with each second."""
     transform = vectorizers()["phrases"].transform
     return (transform(first) @ transform(second).T).toarray()
 
 
-def measures(first, second):
-    """All measures that a negative must match, for each first and second text: (N, M, 7)."""
+def measures(first: list[str], second: list[str]) -> np.ndarray:
+    """Return all measures that a negative must match, for each first and second text: (N, M, 7)."""
     rows = {
         kind: [vectorizer.transform(texts) for texts in (first, second)]
         for kind, vectorizer in vectorizers().items()
@@ -170,16 +170,16 @@ def measures(first, second):
     return np.stack([*jaccards, *cosines, ratios], axis=2).astype(np.float32)
 
 
-def jaccards_of(first, second):
-    """The Jaccard index of the terms of each first and second row."""
+def jaccards_of(first: sparse.csr_matrix, second: sparse.csr_matrix) -> np.ndarray:
+    """Return the Jaccard index of the terms of each first and second row."""
     first, second = first.sign(), second.sign()
     shared = (first @ second.T).toarray()
     union = first.sum(axis=1).reshape(-1, 1) + second.sum(axis=1).reshape(1, -1) - shared
     return np.asarray(shared / np.maximum(union, 1))
 
 
-def aligned(name, book):
-    """A translation's usable verses of a book that have the number of the references."""
+def aligned(name: str, book: int) -> dict[int, str]:
+    """Return a translation's usable verses of a book that are numbered as in the references."""
     verses = {verse: text for verse, text in usable(name).items() if book_of(verse) == book}
     if not verses:
         return {}
@@ -192,8 +192,8 @@ def aligned(name, book):
     return {verse: text for verse, text in verses.items() if nearest[verse] == verse}
 
 
-def may_mean_the_same(numbers):
-    """Which pairs of verses are neighbours, or similar in some translation."""
+def may_mean_the_same(numbers: list[int]) -> np.ndarray:
+    """Return which pairs of verses are neighbours, or similar in some translation."""
     similar = np.abs(np.subtract.outer(numbers, numbers)) <= 1  # wrong numbers shift the texts
     for name in NAMES:
         texts = [usable(name).get(number, "") for number in numbers]
@@ -201,8 +201,8 @@ def may_mean_the_same(numbers):
     return similar
 
 
-def repeated_verses():
-    """Verses that nearly repeat a verse of a split that comes later in train, test, dev."""
+def repeated_verses() -> set[int]:
+    """Return verses that nearly repeat a verse of a split that comes later in train, test, dev."""
     repeated = set()
     for name in tqdm(NAMES, "repeats"):
         texts = {"train": {}, "dev": {}, "test": {}}
@@ -219,8 +219,8 @@ def repeated_verses():
     return repeated
 
 
-def book_options(book, dropped):
-    """The best negatives of every verse of a book, in each pair of translations and both orders."""
+def book_options(book: int, dropped: set[int]) -> list[Option]:
+    """Return the best negatives of a book's verses, per pair of translations in both orders."""
     texts = {name: aligned(name, book) for name in NAMES}
     numbers = sorted(set().union(*texts.values()) - dropped)
     unfit = may_mean_the_same(numbers)
@@ -237,8 +237,10 @@ def book_options(book, dropped):
     return options
 
 
-def best_options(names, verses, measured, unfit):
-    """The NEGATIVES least costly options per verse, from the measures of all pairs of verses."""
+def best_options(
+    names: tuple[str, str], verses: list[int], measured: np.ndarray, unfit: np.ndarray
+) -> list[Option]:
+    """Return the NEGATIVES cheapest options per verse, from the measures of all pairs of verses."""
     own = measured.diagonal().T  # (N, 7)
     differences = np.abs(measured - own[:, None]) / TOLERANCES  # (N, N, 7)
     cost = differences.sum(axis=2)
@@ -254,8 +256,8 @@ def best_options(names, verses, measured, unfit):
     return options
 
 
-def select(options, costs):
-    """The options with the lowest costs that fill SIZES.
+def select(options: list[Option], costs: np.ndarray) -> list[Option]:
+    """Return the options with the lowest costs that fill SIZES.
 
     A verse is in one negative pair, and a first sentence occurs in one option. Raises ValueError if
     there are too few options.
@@ -283,21 +285,21 @@ def select(options, costs):
 
 
 class Scorer:
-    """Logistic regression on character n-grams, as in baselines.py, of options' pairs."""
+    """Score pairs with a logistic regression on character n-grams, as in baselines.py."""
 
-    def __init__(self, options):
+    def __init__(self, options: list[Option]) -> None:
         texts = sorted({text for option in options for text in option.texts})
         vectorizer = TfidfVectorizer(**ANALYZERS[CHARACTERS], min_df=4, sublinear_tf=True)
         self.vectors = vectorizer.fit_transform(texts).astype(np.float32)
         self.rows = {text: row for row, text in enumerate(texts)}
 
-    def features(self, options, second):
-        """Features of the positive (second=1) or negative (second=2) pairs."""
+    def features(self, options: list[Option], second: int) -> sparse.csr_matrix:
+        """Return the features of the positive (second=1) or negative (second=2) pairs."""
         sides = [[self.rows[option.texts[side]] for option in options] for side in (0, second)]
         return regression_features(*(self.vectors[side] for side in sides))
 
-    def differences(self, chosen, options):
-        """By how much a regression fit on the chosen options scores each positive higher."""
+    def differences(self, chosen: list[Option], options: list[Option]) -> np.ndarray:
+        """Return each positive's score minus its negative's, by a regression fit on `chosen`."""
         train = [option for option in chosen if option.group[0] == "train"]
         features = sparse.vstack([self.features(train, 1), self.features(train, 2)])
         labels = np.repeat([1, 0], len(train))
@@ -310,8 +312,8 @@ class Scorer:
         return np.concatenate(scores)
 
 
-def choose_pairs(options):
-    """Options that fill SIZES, similar by the measures and by the regression."""
+def choose_pairs(options: list[Option]) -> list[Option]:
+    """Choose options that fill SIZES, with pairs similar by the measures and by the regression."""
     costs = np.array([option.cost for option in options])
     scorer = Scorer(options)
     differences = np.zeros(len(options))
@@ -322,7 +324,7 @@ def choose_pairs(options):
     return chosen
 
 
-def write_split(path, split, chosen):
+def write_split(path: Path, split: str, chosen: list[Option]) -> None:
     """Write the pairs of a split in random order, tab-separated."""
     pairs = []
     for option in chosen:
@@ -338,7 +340,7 @@ def write_split(path, split, chosen):
             writer.writerow([f"verse-{split}-{number:04}", *pair])
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default=DATA, type=Path, metavar="DIR")
     out = parser.parse_args(arguments).out
