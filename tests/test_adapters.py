@@ -9,7 +9,6 @@ import pytest
 import torch
 from helpers import logits, randomise, states
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -63,14 +62,10 @@ def change_settings(path, **settings):
 
 
 def change_tensors(path, change):
-    """Replace the tensors by those that `change` makes of them; the note stays."""
-    with safe_open(path / WEIGHTS, "pt") as file:
-        metadata = file.metadata()
-    tensors = change(load_file(path / WEIGHTS))
-    save_file(tensors, path / WEIGHTS, metadata=metadata)
+    save_file(change(load_file(path / WEIGHTS)), path / WEIGHTS)
 
 
-TARGET_SETS = [targets for size in range(1, 7) for targets in itertools.combinations(LINEARS, size)]
+TARGET_SETS = [part for size in range(1, 7) for part in itertools.combinations(LINEARS, size)]
 
 
 def test_every_target_set_goes_to_peft_and_back(gpt, reference, ids, tmp_path):
@@ -78,7 +73,7 @@ def test_every_target_set_goes_to_peft_and_back(gpt, reference, ids, tmp_path):
 
     alpha / A.shape[0] is PEFT's scaling of a layer. It is ours for every layer without patterns.
     """
-    path, base = tmp_path / "ours", logits(gpt, ids)
+    path, plain, base = tmp_path / "ours", copy.deepcopy(gpt), logits(gpt, ids)
     for targets in TARGET_SETS:
         expected = logits(with_lora(gpt, targets=targets), ids)
         assert (expected - base).abs().max() > 0.01
@@ -93,8 +88,7 @@ def test_every_target_set_goes_to_peft_and_back(gpt, reference, ids, tmp_path):
         theirs.save_pretrained(tmp_path / "theirs")
         load_adapter(gpt, tmp_path / "theirs")
         assert_close(logits(gpt, ids), expected, **CLOSE)
-        for name, layer in lora_layers(gpt).items():
-            gpt.set_submodule(name, layer.base)
+        gpt = copy.deepcopy(plain)
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj", "interm_dense"), ("q_proj",), LINEARS])
@@ -129,20 +123,14 @@ def test_the_base_of_an_adapter_is_found(folder, tmp_path, monkeypatch, ids, ins
         load_model(tmp_path)
 
 
-PATTERNS = {
-    "rank_pattern": {"c_attn": 1, "attn.c_proj": 5},
-    "alpha_pattern": {"mlp.c_proj": 2, r"h\.\d+\.mlp\.c_fc": 1.5},
-}
+PATTERNS = {"rank_pattern": {"c_attn": 1, "attn.c_proj": 5}}
+PATTERNS |= {"alpha_pattern": {"mlp.c_proj": 2, r"h\.\d+\.mlp\.c_fc": 1.5}}
 # Settings of PEFT with which an adapter loads, and how many linear layers of a block it adapts
 PEFT_FORMS = {
-    "fused": ({"target_modules": ["c_attn"]}, 3),
     "all": ({"target_modules": ALL_LAYERS}, 6),
-    "a path": ({"target_modules": ["attn.c_proj"]}, 1),
     "expression": ({"target_modules": r".*\.mlp\.c_(fc|proj)"}, 2),
     "exclusion": ({"target_modules": ["c_attn", "c_proj"], "exclude_modules": ["c_attn"]}, 2),
-    "all-linear, no head": ({"target_modules": "all-linear", "exclude_modules": ["c_fc"]}, 5),
-    "dropout": ({"lora_dropout": 0.3, "task_type": "CAUSAL_LM", "target_modules": ["c_fc"]}, 1),
-    "Gaussian A": ({"init_lora_weights": "gaussian", "target_modules": ["c_fc"]}, 1),
+    "Gaussian A": ({"init_lora_weights": "gaussian", "lora_dropout": 0.3}, 3),
     "alpha 2.5": ({"lora_alpha": 2.5, "r": 5, "target_modules": ["c_fc"]}, 1),
     "patterns": ({"target_modules": ALL_LAYERS} | PATTERNS, 6),
 }
@@ -169,11 +157,9 @@ def test_pefts_adapters_load(gpt, reference, ids, tmp_path, form):
 @pytest.mark.parametrize("way", ["linear", "ties"])
 def test_adapters_that_peft_has_combined_load(gpt, reference, ids, tmp_path, way):
     """add_weighted_adapter keeps alpha / rank of the file for each layer only if ranks agree."""
-    for index, name in enumerate(("one", "two")):
-        torch.manual_seed(index)
-        save_adapter(with_lora(gpt, targets=("q_proj", "v_proj", "out_dense")), tmp_path / name)
-        merge_lora(gpt)
-        gpt = GPT2Model.from_pretrained(gpt.name)
+    for name in ("one", "two"):
+        other = GPT2Model.from_pretrained(gpt.name)
+        save_adapter(with_lora(other, targets=("q_proj", "v_proj", "out_dense")), tmp_path / name)
     theirs = PeftModel.from_pretrained(reference, tmp_path / "one", adapter_name="one")
     theirs.load_adapter(tmp_path / "two", adapter_name="two")
     theirs.add_weighted_adapter(["one", "two"], [0.7, 0.6], "both", way, density=0.5)
@@ -183,24 +169,12 @@ def test_adapters_that_peft_has_combined_load(gpt, reference, ids, tmp_path, way
     assert_close(logits(load_adapter(gpt, tmp_path / "both"), ids), expected, **CLOSE)
 
 
-def test_alpha_0_is_the_base(gpt, ids, trained_by_peft):
-    """As in PEFT."""
-    expected = logits(gpt, ids)
-    change_settings(trained_by_peft, lora_alpha=0)
-    assert torch.equal(logits(load_adapter(gpt, trained_by_peft), ids), expected)
-
-
-def test_an_adapter_of_a_model_without_head_in_half_precision_loads(gpt, reference, ids, tmp_path):
+def test_an_adapter_of_a_model_without_head_loads(gpt, reference, ids, tmp_path):
     """PEFT on transformers' GPT2Model writes tensor names without `transformer.`."""
     theirs = make_peft(reference.transformer, target_modules=["c_attn", "c_fc"])
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(parameter.bfloat16())
-        expected = theirs.eval()(input_ids=ids).last_hidden_state
     theirs.save_pretrained(tmp_path)
-    change_tensors(tmp_path, lambda tensors: {n: t.bfloat16() for n, t in tensors.items()})
-    assert "base_model.model.h.0.mlp.c_fc.lora_A.weight" in load_file(tmp_path / WEIGHTS)
+    with torch.no_grad():
+        expected = theirs.eval()(input_ids=ids).last_hidden_state
     assert_close(states(load_adapter(gpt, tmp_path), ids), expected, **CLOSE)
 
 
@@ -240,15 +214,6 @@ def test_an_adapter_with_patterns_and_an_old_note_loads(gpt, ids, tmp_path):
     assert_close(logits(load_adapter(gpt, tmp_path), ids), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_an_adapter_has_the_mode_of_its_model(gpt, tmp_path, ids, training):
-    """from_pretrained evaluates, so an adapter that is loaded then has no dropout."""
-    save_adapter(with_lora(GPT2Model.from_pretrained(gpt.name), dropout=0.5), tmp_path)
-    load_adapter(gpt.train(training), tmp_path)
-    one, other = (gpt(ids)["last_hidden_state"] for _ in range(2))
-    assert torch.equal(one, other) == (not training)
-
-
 def test_another_base_is_named(gpt, tmp_path):
     """With one changed weight it is another model, and the update would not fit it."""
     save_adapter(with_lora(gpt), tmp_path)
@@ -259,19 +224,10 @@ def test_another_base_is_named(gpt, tmp_path):
         load_adapter(other, tmp_path)
 
 
-# Settings of PEFT that make another model, by the name that the error gives
-REJECTED = {
-    "use_dora": True,
-    "use_rslora": True,
-    "bias": "all",
-    "modules_to_save": ["wpe"],
-    "lora_bias": True,
-    "layers_to_transform": [0],
-    "trainable_token_indices": [1, 2],
-    "init_lora_weights": "pissa",
-    "layer_replication": [[0, 2], [0, 2]],
-    "use_something_new": True,
-}
+# Settings of PEFT that make another model
+REJECTED = {"use_dora": True, "use_rslora": True, "bias": "all", "modules_to_save": ["wpe"]}
+REJECTED |= {"lora_bias": True, "layers_to_transform": [0], "init_lora_weights": "pissa"}
+REJECTED |= {"trainable_token_indices": [1, 2], "use_something_new": True}
 
 
 @pytest.mark.parametrize("setting", REJECTED)
@@ -290,14 +246,8 @@ def without(part):
 
 
 def with_value(value):
-    """Set one value of a tensor, or (None) make it a vector."""
-
     def change(tensors):
-        name = "base_model.model.transformer.h.1.mlp.c_fc.lora_B.weight"
-        if value is None:
-            tensors[name] = tensors[name][0]
-        else:
-            tensors[name][2, 1] = value
+        tensors["base_model.model.transformer.h.1.mlp.c_fc.lora_B.weight"][2, 1] = value
         return tensors
 
     return lambda path: change_tensors(path, change)
@@ -311,16 +261,13 @@ UNUSABLE = {
     "one B": (without("h.1.mlp.c_fc.lora_B"), r"h\.1\.mlp\.c_fc"),
     "all B of a layer": (without("c_fc.lora_B"), "c_fc"),
     "some layers only": (without("h.0.mlp.c_fc"), "interm_dense"),
-    "nothing": (without(""), "incomplete or for another model"),
     "NaN": (with_value(torch.nan), r"h\.1\.mlp\.c_fc\.lora_B.* not finite"),
     "infinite": (with_value(torch.inf), r"h\.1\.mlp\.c_fc\.lora_B.* not finite"),
     "IA3": (lambda path: change_settings(path, peft_type="IA3"), "other than LORA"),
     "no alpha": (lambda path: change_settings(path, lora_alpha=None), CONFIG),
-    "vector": (with_value(None), r"h\.1\.mlp\.c_fc"),
     "dropout 1": (lambda path: change_settings(path, lora_dropout=1.0), "dropout"),
     "truncated settings": (truncated(CONFIG), CONFIG),
     "truncated weights": (truncated(WEIGHTS), "not a readable LoRA adapter"),
-    "no settings": (lambda path: (path / CONFIG).unlink(), CONFIG),
     "no weights": (lambda path: (path / WEIGHTS).unlink(), WEIGHTS),
 }
 
@@ -334,13 +281,6 @@ def test_an_unusable_adapter_is_named(gpt, trained_by_peft, problem, ids):
     with pytest.raises(InputError, match=f"(?s){message}"):
         load_adapter(gpt, trained_by_peft)
     assert torch.equal(states(gpt, ids), before)
-
-
-def test_another_width_is_an_error(trained_by_peft):
-    """PEFT's adapters have no SHA-256 of a base, so shapes are compared."""
-    wide = GPT2Model(GPT2Config(2, 48, 4, vocab_size=300, n_positions=64))
-    with pytest.raises(InputError, match=r"another model: layers\.0\..*\(3, 32\)"):
-        load_adapter(wide, trained_by_peft)
 
 
 def test_a_model_without_lora_is_not_saved_as_an_adapter(gpt, tmp_path):
