@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from config import LINEARS, ROOT, GPT2Config, InputError, LoRAConfig
+from config import LINEARS, ROOT, InputError, LoRAConfig
 from lora import apply_lora, lora_layers, merge_lora
 from models.adapters import base_sha256, load_adapter, load_model, save_adapter
 from models.gpt2 import GPT2Model
