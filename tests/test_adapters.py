@@ -41,10 +41,9 @@ def make_peft(model, **settings):
     torch.manual_seed(0)
     settings = {"r": 3, "lora_alpha": 6, "fan_in_fan_out": True} | settings
     model = get_peft_model(model, LoraConfig(**settings))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 
@@ -102,8 +101,6 @@ def test_save_load_save_gives_the_same_files(folder, gpt, tmp_path, targets, ids
     for name in (CONFIG, WEIGHTS):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert torch.equal(states(again, ids), states(gpt, ids))
-    trained = [[n for n, p in m.named_parameters() if p.requires_grad] for m in (again, gpt)]
-    assert trained[0] == trained[1]
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["bundled model", "another folder"])
@@ -128,7 +125,6 @@ PATTERNS |= {"alpha_pattern": {"mlp.c_proj": 2, r"h\.\d+\.mlp\.c_fc": 1.5}}
 # Settings of PEFT with which an adapter loads, and how many linear layers of a block it adapts
 PEFT_FORMS = {
     "all": ({"target_modules": ALL_LAYERS}, 6),
-    "expression": ({"target_modules": r".*\.mlp\.c_(fc|proj)"}, 2),
     "exclusion": ({"target_modules": ["c_attn", "c_proj"], "exclude_modules": ["c_attn"]}, 2),
     "Gaussian A": ({"init_lora_weights": "gaussian", "lora_dropout": 0.3}, 3),
     "alpha 2.5": ({"lora_alpha": 2.5, "r": 5, "target_modules": ["c_fc"]}, 1),
@@ -188,8 +184,7 @@ def test_an_adapter_of_the_first_code_loads(ids):
     assert base_sha256(gpt) == sha256
     before = logits(gpt, ids)
     layers = lora_layers(load_adapter(SonnetGPT(gpt), OLD_ADAPTER))
-    assert [name.rpartition(".")[2] for name in layers] == ["q_proj"] * 4
-    assert {layer.config for layer in layers.values()} == {LoRAConfig(1, 4.0, 0.1, ("q_proj",))}
+    assert [layer.config for layer in layers.values()] == [LoRAConfig(1, 4.0, 0.1, ("q_proj",))] * 4
     plain = AutoModelForCausalLM.from_pretrained(ROOT / gpt.name, dtype=torch.float32)
     theirs = PeftModel.from_pretrained(plain, OLD_ADAPTER)
     assert_close(peft_logits(theirs, ids), logits(gpt, ids), atol=1e-4, rtol=0)
@@ -203,11 +198,9 @@ def test_an_adapter_with_patterns_and_an_old_note_loads(gpt, ids, tmp_path):
     save_adapter(gpt, tmp_path)
     note = {"targets": LoRAConfig().targets, "base_sha256": base_sha256(gpt)}
     tensors = load_file(tmp_path / WEIGHTS)
-    for name in tensors:
-        if "c_fc" in name:
-            tensors[name] = (
-                tensors[name][:3] if "lora_A" in name else tensors[name][:, :3]
-            ).clone()
+    for name in [name for name in tensors if "c_fc" in name]:
+        matrix = tensors[name]
+        tensors[name] = (matrix[:3] if "lora_A" in name else matrix[:, :3]).contiguous()
     save_file(tensors, tmp_path / WEIGHTS, metadata={"adapter": json.dumps(note)})
     patterns = {"rank_pattern": {"attn.c_attn": 6}, "alpha_pattern": {"attn.c_attn": 12.0}}
     change_settings(tmp_path, r=3, lora_alpha=6.0, **patterns)
@@ -216,18 +209,17 @@ def test_an_adapter_with_patterns_and_an_old_note_loads(gpt, ids, tmp_path):
 
 def test_another_base_is_named(gpt, tmp_path):
     """With one changed weight it is another model, and the update would not fit it."""
+    with pytest.raises(InputError, match="no LoRA adapters"):
+        save_adapter(gpt, tmp_path)
     save_adapter(with_lora(gpt), tmp_path)
-    other = GPT2Model.from_pretrained(gpt.name)
-    with torch.no_grad():
-        other.layers[1].out_dense.bias[3] += 1e-3
+    gpt.layers[1].out_dense.bias.data[3] += 1e-3
     with pytest.raises(InputError, match=rf"another base \(SHA-256.*{gpt.name}"):
-        load_adapter(other, tmp_path)
+        load_adapter(gpt, tmp_path)
 
 
 # Settings of PEFT that make another model
 REJECTED = {"use_dora": True, "use_rslora": True, "bias": "all", "modules_to_save": ["wpe"]}
-REJECTED |= {"lora_bias": True, "layers_to_transform": [0], "init_lora_weights": "pissa"}
-REJECTED |= {"trainable_token_indices": [1, 2], "use_something_new": True}
+REJECTED |= {"lora_bias": True, "layers_to_transform": [0], "use_something_new": True}
 
 
 @pytest.mark.parametrize("setting", REJECTED)
@@ -240,17 +232,17 @@ def test_a_variant_of_peft_is_rejected_by_its_own_name(gpt, trained_by_peft, set
 
 
 def without(part):
-    return lambda path: change_tensors(
-        path, lambda tensors: {name: t for name, t in tensors.items() if part not in name}
-    )
+    keep = lambda tensors: {name: t for name, t in tensors.items() if part not in name}  # noqa: E731
+    return lambda path: change_tensors(path, keep)
 
 
-def with_value(value):
-    def change(tensors):
-        tensors["base_model.model.transformer.h.1.mlp.c_fc.lora_B.weight"][2, 1] = value
-        return tensors
+def scaled(value):
+    name = "base_model.model.transformer.h.1.mlp.c_fc.lora_B.weight"
+    return lambda path: change_tensors(path, lambda t: t | {name: t[name] * value})
 
-    return lambda path: change_tensors(path, change)
+
+def narrower(path):
+    change_tensors(path, lambda t: {n: p[1:] if "lora_B" in n else p for n, p in t.items()})
 
 
 def truncated(name):
@@ -260,14 +252,12 @@ def truncated(name):
 UNUSABLE = {
     "one B": (without("h.1.mlp.c_fc.lora_B"), r"h\.1\.mlp\.c_fc"),
     "all B of a layer": (without("c_fc.lora_B"), "c_fc"),
-    "some layers only": (without("h.0.mlp.c_fc"), "interm_dense"),
-    "NaN": (with_value(torch.nan), r"h\.1\.mlp\.c_fc\.lora_B.* not finite"),
-    "infinite": (with_value(torch.inf), r"h\.1\.mlp\.c_fc\.lora_B.* not finite"),
-    "IA3": (lambda path: change_settings(path, peft_type="IA3"), "other than LORA"),
+    "NaN": (scaled(torch.nan), r"h\.1\.mlp\.c_fc\.lora_B.* not finite"),
+    "infinite": (scaled(torch.inf), r"h\.1\.mlp\.c_fc\.lora_B.* not finite"),
+    "another width": (narrower, "for another model: layers"),
     "no alpha": (lambda path: change_settings(path, lora_alpha=None), CONFIG),
     "dropout 1": (lambda path: change_settings(path, lora_dropout=1.0), "dropout"),
     "truncated settings": (truncated(CONFIG), CONFIG),
-    "truncated weights": (truncated(WEIGHTS), "not a readable LoRA adapter"),
     "no weights": (lambda path: (path / WEIGHTS).unlink(), WEIGHTS),
 }
 
@@ -281,9 +271,3 @@ def test_an_unusable_adapter_is_named(gpt, trained_by_peft, problem, ids):
     with pytest.raises(InputError, match=f"(?s){message}"):
         load_adapter(gpt, trained_by_peft)
     assert torch.equal(states(gpt, ids), before)
-
-
-def test_a_model_without_lora_is_not_saved_as_an_adapter(gpt, tmp_path):
-    """An empty adapter folder would look like the result of a run."""
-    with pytest.raises(InputError, match="no LoRA adapters"):
-        save_adapter(gpt, tmp_path)

@@ -143,18 +143,11 @@ def test_every_folder_that_transformers_loads_loads_and_is_saved(path, ids, form
         del settings[0][name], settings[1][name]
     assert settings[0] == settings[1]
     assert again.generation_config.to_dict() == theirs.generation_config.to_dict()
+    assert len({file.stat().st_mode for file in saved.iterdir()}) == 1  # not only for the owner
     twice = GPT2Model.from_pretrained(saved)
     assert twice.config == gpt.config
     twice.save_pretrained(path.with_name("twice"))
     assert all_files(path.with_name("twice")) == all_files(saved)
-
-
-def test_saved_files_have_the_mode_of_the_umask(gpt, tmp_path):
-    """safetensors makes files that only their owner reads."""
-    umask = os.umask(0o027)
-    gpt.save_pretrained(tmp_path)
-    os.umask(umask)
-    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o640}
 
 
 def test_saving_over_the_loaded_folder(path, ids):
@@ -172,14 +165,6 @@ def test_a_model_that_was_not_loaded_is_saved(tmp_path):
     GPT2Model(config).save_pretrained(tmp_path)
     theirs = transformers_model(tmp_path)
     assert (theirs.config.resid_pdrop, theirs.generation_config.eos_token_id) == (0.2, 5)
-
-
-def test_the_bundled_model_equals_transformers(ids):
-    """Its float16 file is computed in float32, and "tiny" names its folder."""
-    gpt, theirs = GPT2Model.from_pretrained(), transformers_model(ROOT / "data" / "tiny-gpt2")
-    with torch.no_grad():
-        assert_close(logits(gpt, ids), theirs(ids).logits, atol=1e-4, rtol=0)
-    assert gpt.name == "data/tiny-gpt2"
 
 
 def test_loading_prints_nothing(path, capfd):
@@ -217,16 +202,13 @@ H = "transformer.h"
 REJECTED = {
     "gelu": (config(activation_function="gelu"), "activation_function to 'gelu'.*gelu_"),
     "untied": (config(tie_word_embeddings=False), "tie_word_embeddings to False"),
-    "layer scale": (config(scale_attn_by_inverse_layer_idx=True), "inverse_layer_idx to True"),
     "cross-attention": (config(add_cross_attention=True), "add_cross_attention to True"),
     "n_inner": (config(n_inner=96), "n_inner to 96.*128"),
     "llama": (config(model_type="llama"), "model_type to 'llama'"),
     "quantized": (config(quantization_config={"load_in_4bit": True}), "quantization_config"),
     "heads": (config(n_head=5), "n_embd 32 .* n_head 5"),
     "text for a number": (config(n_layer="2"), "n_layer"),
-    "huge": (config(n_layer=10**9), "n_layer"),
     "broken config": (cut("config.json"), r"config\.json"),
-    "no config": (without("config.json"), r"config\.json"),
     "missing": (
         tensor(f"{H}.1.mlp.c_fc.bias", lambda old: None),
         r"h\.1\.mlp\.c_fc\.bias is missing",
@@ -240,7 +222,7 @@ REJECTED = {
         r"h\.0\.attn\.bias_k is unknown",
     ),
     "fewer layers": (config(n_layer=1), r"h\.1\..* is unknown"),
-    "positions": (
+    "misshapen": (
         tensor("transformer.wpe.weight", lambda old: old[1:]),
         r"wpe\.weight.*\(63, 32\).*\(64, 32\)",
     ),

