@@ -76,40 +76,32 @@ def test_input_of_the_head(gpt, ids):
         model(pair, torch.ones_like(pair))
 
 
-@ENCODINGS
-def test_loss_is_cross_entropy_plus_penalty(gpt, ids, pair_encoding):
-    """Nats per pair, worked out from the logits; five equal heads have ten penalties of 1."""
-    model = make(gpt, "multihead", pair_encoding, parameter_penalty=0.0, vector_penalty=0.5)
+def test_loss_is_cross_entropy_plus_penalty(gpt, ids):
+    """Nats per pair, worked out from the logits; equal heads have a penalty of 1 per pair."""
+    model = make(gpt, "multihead", "separate", heads=2, parameter_penalty=0.0, vector_penalty=0.5)
     for part in (model.pooling.inner, model.pooling.outer):
-        for head in range(1, 5):
-            part[head].load_state_dict(part[0].state_dict())
-    (no, yes), (other_no, other_yes) = model(*batch(ids, pair_encoding)).tolist()
+        part[1].load_state_dict(part[0].state_dict())
+    inputs = batch(ids, "separate")
+    (no, yes), (other_no, other_yes) = model(*inputs).tolist()
     nats = [math.log(1 + math.exp(no - yes)), math.log(1 + math.exp(other_yes - other_no))]
-    loss = model.loss(*batch(ids, pair_encoding), LABELS).item()
-    assert loss == pytest.approx(sum(nats) / 2 + 0.5 * 10, rel=1e-5)
+    assert model.loss(*inputs, LABELS).item() == pytest.approx(sum(nats) / 2 + 0.5, rel=1e-5)
 
 
-def test_lora_trains_its_matrices_pooling_and_head(gpt, ids):
-    """Exactly these get a gradient; the base model has none."""
-    model = apply_lora(make(gpt, "multihead"), LoRAConfig(rank=2)).train()
-    assert gpt.training
-    model.loss(*batch(ids), LABELS).backward()
-    for name, parameter in model.named_parameters():
-        trained = not name.startswith("gpt.") or ".lora_" in name
-        assert (parameter.grad is not None) == trained, name
-
-
-def test_a_frozen_gpt_gets_no_gradient_and_stays_in_evaluation_mode(gpt, ids):
-    """Then only pooling and head are trained, on the same loss, without dropout."""
+@pytest.mark.parametrize("lora", [False, True], ids=["frozen", "lora"])
+def test_what_is_trained(gpt, ids, lora):
+    """Pooling, head and LoRA get gradients, the base none; a frozen GPT-2 has no dropout."""
     model = make(gpt, "generalized")
     expected = model.loss(*batch(ids), LABELS)
     gpt.requires_grad_(False)
+    if lora:
+        apply_lora(model, LoRAConfig(rank=2))
     loss = model.train().loss(*batch(ids), LABELS)
-    assert (model.training, model.pooling.training, gpt.training) == (True, True, False)
     loss.backward()
-    assert torch.equal(loss, expected)
-    assert all(parameter.grad is None for parameter in gpt.parameters())
-    assert all(parameter.grad is not None for parameter in model.head_modules().parameters())
+    assert (model.pooling.training, gpt.training) == (True, lora)
+    assert torch.equal(loss, expected) != lora
+    for name, parameter in model.named_parameters():
+        trained = not name.startswith("gpt.") or ".lora_" in name
+        assert (parameter.grad is not None) == trained, name
 
 
 def test_vocab_logits(gpt):
