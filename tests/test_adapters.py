@@ -138,6 +138,8 @@ def test_pefts_adapters_load(gpt, reference, ids, tmp_path, form):
     save_adapter(gpt, tmp_path / "ours")
     again = PeftModel.from_pretrained(plain, tmp_path / "ours")
     assert_close(peft_logits(again, ids), expected, **CLOSE)
+    change_settings(tmp_path, lora_alpha=0, alpha_pattern={})  # no update, as in PEFT
+    assert torch.equal(logits(load_adapter(copy.deepcopy(gpt), tmp_path), ids), base)
     assert_close(logits(merge_lora(gpt), ids), expected, **CLOSE)
 
 
