@@ -26,22 +26,14 @@ def folder(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        [VERSE], trainers.BpeTrainer(vocab_size=299, initial_alphabet=alphabet, show_progress=False)
-    )
+    settings = {"vocab_size": 299, "initial_alphabet": alphabet, "show_progress": False}
+    tokenizer.train_from_iterator([VERSE], trainers.BpeTrainer(**settings))
     tokenizer.add_special_tokens(["<|endoftext|>"])
     tokenizer.save(str(path / "tokenizer.json"))
 
     end = tokenizer.token_to_id("<|endoftext|>")
-    config = GPT2Config(
-        vocab_size=300,
-        n_positions=64,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        bos_token_id=end,
-        eos_token_id=end,
-    )
+    shape = {"vocab_size": 300, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    config = GPT2Config(**shape, bos_token_id=end, eos_token_id=end)
     torch.manual_seed(0)
     model = GPT2LMHeadModel(config)
     with torch.no_grad():

@@ -9,12 +9,11 @@ import pytest
 import torch
 from helpers import logits, randomise, states
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from config import LINEARS, ROOT, GPT2Config, InputError, LoRAConfig
+from config import LINEARS, ROOT, InputError, LoRAConfig
 from lora import apply_lora, lora_layers, merge_lora
 from models.adapters import base_sha256, load_adapter, load_model, save_adapter
 from models.gpt2 import GPT2Model
@@ -42,10 +41,9 @@ def make_peft(model, **settings):
     torch.manual_seed(0)
     settings = {"r": 3, "lora_alpha": 6, "fan_in_fan_out": True} | settings
     model = get_peft_model(model, LoraConfig(**settings))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 
@@ -63,53 +61,37 @@ def change_settings(path, **settings):
 
 
 def change_tensors(path, change):
-    """Replace the tensors by those that `change` makes of them; the note stays."""
-    with safe_open(path / WEIGHTS, "pt") as file:
-        metadata = file.metadata()
-    tensors = change(load_file(path / WEIGHTS))
-    save_file(tensors, path / WEIGHTS, metadata=metadata)
+    save_file(change(load_file(path / WEIGHTS)), path / WEIGHTS)
 
 
-TARGET_SETS = [targets for size in range(1, 7) for targets in itertools.combinations(LINEARS, size)]
+TARGET_SETS = [part for size in range(1, 7) for part in itertools.combinations(LINEARS, size)]
 
 
 def test_every_target_set_goes_to_peft_and_back(gpt, reference, ids, tmp_path):
     """PEFT gives our logits, and what it saves again is the same update for us.
 
-    alpha / A.shape[0] is PEFT's scaling of a layer. It is ours for every layer without patterns.
+    Ours is saved again with the same bytes. alpha / A.shape[0] is PEFT's scaling of a layer; it is
+    ours for every layer without patterns. Loading replaces the adapter of the targets before.
     """
-    path, base = tmp_path / "ours", logits(gpt, ids)
+    ours, again, theirs = (tmp_path / name for name in ("ours", "again", "theirs"))
+    plain, base = copy.deepcopy(gpt), logits(gpt, ids)
     for targets in TARGET_SETS:
-        expected = logits(with_lora(gpt, targets=targets), ids)
+        model = with_lora(copy.deepcopy(plain), targets=targets, dropout=0.25)
+        expected = logits(model, ids)
         assert (expected - base).abs().max() > 0.01
-        save_adapter(gpt, path)
-        settings = json.loads((path / CONFIG).read_text())
+        save_adapter(SonnetGPT(model), ours)
+        save_adapter(load_adapter(gpt, ours), again)
+        assert torch.equal(logits(gpt, ids), expected)
+        for name in (CONFIG, WEIGHTS):
+            assert (ours / name).read_bytes() == (again / name).read_bytes()
+        settings = json.loads((ours / CONFIG).read_text())
         assert not {"rank_pattern", "alpha_pattern"} & settings.keys()
-        for name, tensor in load_file(path / WEIGHTS).items():
-            if "lora_A" in name:
-                assert settings["lora_alpha"] / len(tensor) == 6.0 / 3, name
-        theirs = PeftModel.from_pretrained(copy.deepcopy(reference), path)
-        assert_close(peft_logits(theirs, ids), expected, **CLOSE)
-        theirs.save_pretrained(tmp_path / "theirs")
-        load_adapter(gpt, tmp_path / "theirs")
-        assert_close(logits(gpt, ids), expected, **CLOSE)
-        for name, layer in lora_layers(gpt).items():
-            gpt.set_submodule(name, layer.base)
-
-
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj", "interm_dense"), ("q_proj",), LINEARS])
-def test_save_load_save_gives_the_same_files(folder, gpt, tmp_path, targets, ids):
-    """Loading restores the targets, rank, alpha, dropout and values, and replaces an adapter."""
-    model = SonnetGPT(with_lora(gpt, targets=targets, dropout=0.25))
-    save_adapter(model, tmp_path / "one")
-    again = with_lora(GPT2Model.from_pretrained(folder), targets=("k_proj",))
-    assert load_adapter(again, tmp_path / "one") is again
-    save_adapter(again, tmp_path / "two")
-    for name in (CONFIG, WEIGHTS):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    assert torch.equal(states(again, ids), states(gpt, ids))
-    trained = [[n for n, p in m.named_parameters() if p.requires_grad] for m in (again, gpt)]
-    assert trained[0] == trained[1]
+        for name, tensor in load_file(ours / WEIGHTS).items():
+            assert "lora_B" in name or settings["lora_alpha"] / len(tensor) == 6.0 / 3
+        peft = PeftModel.from_pretrained(copy.deepcopy(reference), ours)
+        assert_close(peft_logits(peft, ids), expected, **CLOSE)
+        peft.save_pretrained(theirs)
+        assert_close(logits(load_adapter(gpt, theirs), ids), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["bundled model", "another folder"])
@@ -129,20 +111,13 @@ def test_the_base_of_an_adapter_is_found(folder, tmp_path, monkeypatch, ids, ins
         load_model(tmp_path)
 
 
-PATTERNS = {
-    "rank_pattern": {"c_attn": 1, "attn.c_proj": 5},
-    "alpha_pattern": {"mlp.c_proj": 2, r"h\.\d+\.mlp\.c_fc": 1.5},
-}
+PATTERNS = {"rank_pattern": {"c_attn": 1, "attn.c_proj": 5}}
+PATTERNS |= {"alpha_pattern": {"mlp.c_proj": 2, r"h\.\d+\.mlp\.c_fc": 1.5}}
 # Settings of PEFT with which an adapter loads, and how many linear layers of a block it adapts
 PEFT_FORMS = {
-    "fused": ({"target_modules": ["c_attn"]}, 3),
     "all": ({"target_modules": ALL_LAYERS}, 6),
-    "a path": ({"target_modules": ["attn.c_proj"]}, 1),
-    "expression": ({"target_modules": r".*\.mlp\.c_(fc|proj)"}, 2),
     "exclusion": ({"target_modules": ["c_attn", "c_proj"], "exclude_modules": ["c_attn"]}, 2),
-    "all-linear, no head": ({"target_modules": "all-linear", "exclude_modules": ["c_fc"]}, 5),
-    "dropout": ({"lora_dropout": 0.3, "task_type": "CAUSAL_LM", "target_modules": ["c_fc"]}, 1),
-    "Gaussian A": ({"init_lora_weights": "gaussian", "target_modules": ["c_fc"]}, 1),
+    "Gaussian A": ({"init_lora_weights": "gaussian", "lora_dropout": 0.3}, 3),
     "alpha 2.5": ({"lora_alpha": 2.5, "r": 5, "target_modules": ["c_fc"]}, 1),
     "patterns": ({"target_modules": ALL_LAYERS} | PATTERNS, 6),
 }
@@ -163,17 +138,17 @@ def test_pefts_adapters_load(gpt, reference, ids, tmp_path, form):
     save_adapter(gpt, tmp_path / "ours")
     again = PeftModel.from_pretrained(plain, tmp_path / "ours")
     assert_close(peft_logits(again, ids), expected, **CLOSE)
+    change_settings(tmp_path, lora_alpha=0, alpha_pattern={})  # no update, as in PEFT
+    assert torch.equal(logits(load_adapter(copy.deepcopy(gpt), tmp_path), ids), base)
     assert_close(logits(merge_lora(gpt), ids), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("way", ["linear", "ties"])
 def test_adapters_that_peft_has_combined_load(gpt, reference, ids, tmp_path, way):
     """add_weighted_adapter keeps alpha / rank of the file for each layer only if ranks agree."""
-    for index, name in enumerate(("one", "two")):
-        torch.manual_seed(index)
-        save_adapter(with_lora(gpt, targets=("q_proj", "v_proj", "out_dense")), tmp_path / name)
-        merge_lora(gpt)
-        gpt = GPT2Model.from_pretrained(gpt.name)
+    for name in ("one", "two"):
+        other = GPT2Model.from_pretrained(gpt.name)
+        save_adapter(with_lora(other, targets=("q_proj", "v_proj", "out_dense")), tmp_path / name)
     theirs = PeftModel.from_pretrained(reference, tmp_path / "one", adapter_name="one")
     theirs.load_adapter(tmp_path / "two", adapter_name="two")
     theirs.add_weighted_adapter(["one", "two"], [0.7, 0.6], "both", way, density=0.5)
@@ -183,24 +158,12 @@ def test_adapters_that_peft_has_combined_load(gpt, reference, ids, tmp_path, way
     assert_close(logits(load_adapter(gpt, tmp_path / "both"), ids), expected, **CLOSE)
 
 
-def test_alpha_0_is_the_base(gpt, ids, trained_by_peft):
-    """As in PEFT."""
-    expected = logits(gpt, ids)
-    change_settings(trained_by_peft, lora_alpha=0)
-    assert torch.equal(logits(load_adapter(gpt, trained_by_peft), ids), expected)
-
-
-def test_an_adapter_of_a_model_without_head_in_half_precision_loads(gpt, reference, ids, tmp_path):
+def test_an_adapter_of_a_model_without_head_loads(gpt, reference, ids, tmp_path):
     """PEFT on transformers' GPT2Model writes tensor names without `transformer.`."""
     theirs = make_peft(reference.transformer, target_modules=["c_attn", "c_fc"])
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(parameter.bfloat16())
-        expected = theirs.eval()(input_ids=ids).last_hidden_state
     theirs.save_pretrained(tmp_path)
-    change_tensors(tmp_path, lambda tensors: {n: t.bfloat16() for n, t in tensors.items()})
-    assert "base_model.model.h.0.mlp.c_fc.lora_A.weight" in load_file(tmp_path / WEIGHTS)
+    with torch.no_grad():
+        expected = theirs.eval()(input_ids=ids).last_hidden_state
     assert_close(states(load_adapter(gpt, tmp_path), ids), expected, **CLOSE)
 
 
@@ -214,8 +177,7 @@ def test_an_adapter_of_the_first_code_loads(ids):
     assert base_sha256(gpt) == sha256
     before = logits(gpt, ids)
     layers = lora_layers(load_adapter(SonnetGPT(gpt), OLD_ADAPTER))
-    assert [name.rpartition(".")[2] for name in layers] == ["q_proj"] * 4
-    assert {layer.config for layer in layers.values()} == {LoRAConfig(1, 4.0, 0.1, ("q_proj",))}
+    assert [layer.config for layer in layers.values()] == [LoRAConfig(1, 4.0, 0.1, ("q_proj",))] * 4
     plain = AutoModelForCausalLM.from_pretrained(ROOT / gpt.name, dtype=torch.float32)
     theirs = PeftModel.from_pretrained(plain, OLD_ADAPTER)
     assert_close(peft_logits(theirs, ids), logits(gpt, ids), atol=1e-4, rtol=0)
@@ -229,49 +191,28 @@ def test_an_adapter_with_patterns_and_an_old_note_loads(gpt, ids, tmp_path):
     save_adapter(gpt, tmp_path)
     note = {"targets": LoRAConfig().targets, "base_sha256": base_sha256(gpt)}
     tensors = load_file(tmp_path / WEIGHTS)
-    for name in tensors:
-        if "c_fc" in name:
-            tensors[name] = (
-                tensors[name][:3] if "lora_A" in name else tensors[name][:, :3]
-            ).clone()
+    for name in [name for name in tensors if "c_fc" in name]:
+        matrix = tensors[name]
+        tensors[name] = (matrix[:3] if "lora_A" in name else matrix[:, :3]).contiguous()
     save_file(tensors, tmp_path / WEIGHTS, metadata={"adapter": json.dumps(note)})
     patterns = {"rank_pattern": {"attn.c_attn": 6}, "alpha_pattern": {"attn.c_attn": 12.0}}
     change_settings(tmp_path, r=3, lora_alpha=6.0, **patterns)
     assert_close(logits(load_adapter(gpt, tmp_path), ids), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_an_adapter_has_the_mode_of_its_model(gpt, tmp_path, ids, training):
-    """from_pretrained evaluates, so an adapter that is loaded then has no dropout."""
-    save_adapter(with_lora(GPT2Model.from_pretrained(gpt.name), dropout=0.5), tmp_path)
-    load_adapter(gpt.train(training), tmp_path)
-    one, other = (gpt(ids)["last_hidden_state"] for _ in range(2))
-    assert torch.equal(one, other) == (not training)
-
-
 def test_another_base_is_named(gpt, tmp_path):
     """With one changed weight it is another model, and the update would not fit it."""
+    with pytest.raises(InputError, match="no LoRA adapters"):
+        save_adapter(gpt, tmp_path)
     save_adapter(with_lora(gpt), tmp_path)
-    other = GPT2Model.from_pretrained(gpt.name)
-    with torch.no_grad():
-        other.layers[1].out_dense.bias[3] += 1e-3
+    gpt.layers[1].out_dense.bias.data[3] += 1e-3
     with pytest.raises(InputError, match=rf"another base \(SHA-256.*{gpt.name}"):
-        load_adapter(other, tmp_path)
+        load_adapter(gpt, tmp_path)
 
 
-# Settings of PEFT that make another model, by the name that the error gives
-REJECTED = {
-    "use_dora": True,
-    "use_rslora": True,
-    "bias": "all",
-    "modules_to_save": ["wpe"],
-    "lora_bias": True,
-    "layers_to_transform": [0],
-    "trainable_token_indices": [1, 2],
-    "init_lora_weights": "pissa",
-    "layer_replication": [[0, 2], [0, 2]],
-    "use_something_new": True,
-}
+# Settings of PEFT that make another model
+REJECTED = {"use_dora": True, "use_rslora": True, "bias": "all", "modules_to_save": ["wpe"]}
+REJECTED |= {"lora_bias": True, "layers_to_transform": [0], "use_something_new": True}
 
 
 @pytest.mark.parametrize("setting", REJECTED)
@@ -284,23 +225,17 @@ def test_a_variant_of_peft_is_rejected_by_its_own_name(gpt, trained_by_peft, set
 
 
 def without(part):
-    return lambda path: change_tensors(
-        path, lambda tensors: {name: t for name, t in tensors.items() if part not in name}
-    )
+    keep = lambda tensors: {name: t for name, t in tensors.items() if part not in name}  # noqa: E731
+    return lambda path: change_tensors(path, keep)
 
 
-def with_value(value):
-    """Set one value of a tensor, or (None) make it a vector."""
+def scaled(value):
+    name = "base_model.model.transformer.h.1.mlp.c_fc.lora_B.weight"
+    return lambda path: change_tensors(path, lambda t: t | {name: t[name] * value})
 
-    def change(tensors):
-        name = "base_model.model.transformer.h.1.mlp.c_fc.lora_B.weight"
-        if value is None:
-            tensors[name] = tensors[name][0]
-        else:
-            tensors[name][2, 1] = value
-        return tensors
 
-    return lambda path: change_tensors(path, change)
+def narrower(path):
+    change_tensors(path, lambda t: {n: p[1:] if "lora_B" in n else p for n, p in t.items()})
 
 
 def truncated(name):
@@ -310,17 +245,12 @@ def truncated(name):
 UNUSABLE = {
     "one B": (without("h.1.mlp.c_fc.lora_B"), r"h\.1\.mlp\.c_fc"),
     "all B of a layer": (without("c_fc.lora_B"), "c_fc"),
-    "some layers only": (without("h.0.mlp.c_fc"), "interm_dense"),
-    "nothing": (without(""), "incomplete or for another model"),
-    "NaN": (with_value(torch.nan), r"h\.1\.mlp\.c_fc\.lora_B.* not finite"),
-    "infinite": (with_value(torch.inf), r"h\.1\.mlp\.c_fc\.lora_B.* not finite"),
-    "IA3": (lambda path: change_settings(path, peft_type="IA3"), "other than LORA"),
+    "NaN": (scaled(torch.nan), r"h\.1\.mlp\.c_fc\.lora_B.* not finite"),
+    "infinite": (scaled(torch.inf), r"h\.1\.mlp\.c_fc\.lora_B.* not finite"),
+    "another width": (narrower, "for another model: layers"),
     "no alpha": (lambda path: change_settings(path, lora_alpha=None), CONFIG),
-    "vector": (with_value(None), r"h\.1\.mlp\.c_fc"),
     "dropout 1": (lambda path: change_settings(path, lora_dropout=1.0), "dropout"),
     "truncated settings": (truncated(CONFIG), CONFIG),
-    "truncated weights": (truncated(WEIGHTS), "not a readable LoRA adapter"),
-    "no settings": (lambda path: (path / CONFIG).unlink(), CONFIG),
     "no weights": (lambda path: (path / WEIGHTS).unlink(), WEIGHTS),
 }
 
@@ -334,16 +264,3 @@ def test_an_unusable_adapter_is_named(gpt, trained_by_peft, problem, ids):
     with pytest.raises(InputError, match=f"(?s){message}"):
         load_adapter(gpt, trained_by_peft)
     assert torch.equal(states(gpt, ids), before)
-
-
-def test_another_width_is_an_error(trained_by_peft):
-    """PEFT's adapters have no SHA-256 of a base, so shapes are compared."""
-    wide = GPT2Model(GPT2Config(2, 48, 4, vocab_size=300, n_positions=64))
-    with pytest.raises(InputError, match=r"another model: layers\.0\..*\(3, 32\)"):
-        load_adapter(wide, trained_by_peft)
-
-
-def test_a_model_without_lora_is_not_saved_as_an_adapter(gpt, tmp_path):
-    """An empty adapter folder would look like the result of a run."""
-    with pytest.raises(InputError, match="no LoRA adapters"):
-        save_adapter(gpt, tmp_path)

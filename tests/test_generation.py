@@ -9,7 +9,6 @@ from config import GPT2Config, InputError, SamplingConfig
 from models import sonnet_gpt
 from models.generation import penalize, sample
 from models.sonnet_gpt import SonnetGPT
-from modules.attention import KVCache
 
 PROBABILITIES = torch.tensor([0.1, 0.4, 0.2, 0.3])
 LOGITS = PROBABILITIES.log()
@@ -32,16 +31,12 @@ def sampled(uniform=None, logits=LOGITS, **settings):
     [
         ({}, [0.1, 0.4, 0.2, 0.3]),
         ({"temperature": 0.5}, [1 / 30, 16 / 30, 4 / 30, 9 / 30]),  # squares
-        ({"temperature": 1e9}, [1 / 4] * 4),
         ({"temperature": 1e-40}, [0, 1, 0, 0]),
         ({"temperature": 0}, [0, 1, 0, 0]),
-        ({"top_k": 1}, [0, 1, 0, 0]),
         ({"top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
         ({"top_p": 1e-9}, [0, 1, 0, 0]),
-        ({"top_p": 0.35}, [0, 1, 0, 0]),
         ({"top_p": 0.45}, [0, 4 / 7, 0, 3 / 7]),  # the token that crosses p belongs to the set
         ({"top_p": 0.75}, [0, 4 / 9, 2 / 9, 3 / 9]),
-        ({"top_p": 0.95}, [0.1, 0.4, 0.2, 0.3]),
         ({"top_p": 0.5, "top_k": 2}, [0, 1, 0, 0]),  # 4 / 7 reaches 0.5, and 0.4 does not
         ({"top_p": 0.5, "temperature": 0.5}, [0, 1, 0, 0]),  # 16 / 30 does
     ],
@@ -53,12 +48,6 @@ def test_shares_are_the_probabilities_by_hand(settings, expected):
     expected = torch.tensor(expected)
     deviation = (expected * (1 - expected) / COUNT).sqrt()
     assert ((shares - expected).abs() <= 4 * deviation).all()
-
-
-def test_a_random_number_inverts_the_cdf():
-    """From the most probable token: 0.4 for token 1, then 0.3, 0.2 and 0.1."""
-    uniform = [0.0, 0.39, 0.41, 0.69, 0.71, 0.89, 0.91, 0.999]
-    assert sampled(uniform).tolist() == [1, 1, 3, 3, 2, 2, 0, 0]
 
 
 @pytest.mark.parametrize("top_p", [0.1, 0.9])
@@ -105,7 +94,7 @@ class Scripted(nn.Module):
         return {"last_token": self.table[tokens[:, -1]]}
 
     def hidden_state_to_token(self, hidden):
-        return hidden
+        return hidden @ self.token_embedding.weight.T
 
 
 def write(following, *prompts, n_positions=100, **settings):
@@ -125,8 +114,7 @@ def test_a_text_ends_at_a_limit():
 
     The last token needs no position of its own.
     """
-    texts = write({"a": "a"}, "aaa", "a", max_new_tokens=5)
-    assert texts == [("a" * 8, False), ("a" * 6, False)]
+    assert write({"a": "a"}, "aaa", max_new_tokens=5) == [("a" * 8, False)]
     assert write({"a": "a"}, "aaaaaa", "a", n_positions=8) == [("a" * 8, False)] * 2
 
 
@@ -161,17 +149,15 @@ def test_the_prompt_is_unchanged_by_a_tokenizer(gpt):
 def test_greedy_text_equals_transformers(gpt, reference, penalty):
     """Thirty tokens for each prompt in one batch: cache, left padding and positions at once."""
     settings = {"max_new_tokens": 30, "repetition_penalty": penalty}
-    rows, end = gpt.encode(PROMPTS), gpt.end_of_text
+    end, expected = gpt.end_of_text, []
     theirs = GenerationConfig(do_sample=False, eos_token_id=end, pad_token_id=end, **settings)
-    expected = []
-    for prompt, row in zip(PROMPTS, rows, strict=True):
-        ids = torch.tensor([row])
-        mask = torch.ones_like(ids)
-        tokens = reference.generate(ids, attention_mask=mask, generation_config=theirs)
-        expected.append(prompt + gpt.decode(tokens[0, len(row) :].tolist()))
-    assert len({text[-10:] for text in expected}) == 4
-    texts = SonnetGPT(gpt).generate(PROMPTS, temperature=0, max_lines=0, **settings)
-    assert texts == expected
+    for prompt in PROMPTS:
+        ids = torch.tensor(gpt.encode([prompt]))
+        tokens = reference.generate(
+            ids, attention_mask=ids.new_ones(ids.shape), generation_config=theirs
+        )
+        expected.append(prompt + gpt.decode(tokens[0, ids.shape[1] :].tolist()))
+    assert SonnetGPT(gpt).generate(PROMPTS, temperature=0, max_lines=0, **settings) == expected
 
 
 @pytest.mark.parametrize("size", [64, 2])
@@ -181,9 +167,7 @@ def test_a_text_in_company_equals_the_text_alone(gpt, monkeypatch, size):
     Prompts of 1 and about 60 tokens have their own limits.
     """
     monkeypatch.setattr(sonnet_gpt, "BATCH_SIZE", size)
-    long = "That thereby beauty's rose might never die " * 10
-    while len(gpt.encode([long])[0]) > 60:
-        long = long[:-1]
+    long = gpt.decode(gpt.encode(["That thereby beauty's rose might never die " * 10])[0][:60])
     with torch.no_grad():  # end of text becomes more probable
         gpt.final_norm.bias += 5 * gpt.token_embedding.weight[gpt.end_of_text]
     model, prompts = SonnetGPT(gpt), [long, "a", *PROMPTS[:2]]
@@ -205,67 +189,30 @@ def test_the_seed_determines_the_text(gpt):
     assert gpt.training
 
 
-@torch.no_grad()
-def test_logits_are_float32_under_autocast(gpt):
+def test_logits_are_float32_under_autocast():
     """bfloat16 logits around -110 are multiples of 0.5, so that the first of many ties wins."""
-    gpt.token_embedding.weight[:, 0] = 1.0
-    gpt.final_norm.weight[0], gpt.final_norm.bias[0] = 0.0, -110.0  # moves all logits to -110
-    exact, rough = [], []
-    for dtype, texts in ((torch.float32, exact), (torch.bfloat16, rough)):
-        for prompt in PROMPTS[:2]:
-            tokens, cache, new = torch.tensor(gpt.encode([prompt])), KVCache(gpt.config, 1, 64), []
-            for _ in range(8):
-                with torch.autocast("cpu", torch.bfloat16):
-                    hidden = gpt(tokens, cache=cache)["last_token"]
-                logits = hidden.to(dtype) @ gpt.token_embedding.weight.to(dtype).T
-                tokens = logits.argmax(-1, keepdim=True)
-                new.append(tokens.item())
-            texts.append(prompt + gpt.decode(new))
-    assert rough != exact
+    model = SonnetGPT(Scripted({}))
+    model.gpt.table[:] = torch.tensor([-110.2, -110.1, -110.0, -110.3, -110.2, -110.1])
     with torch.autocast("cpu", torch.bfloat16):
-        settings = {"temperature": 0, "max_new_tokens": 8, "max_lines": 0}
-        assert [SonnetGPT(gpt).generate([prompt], **settings)[0] for prompt in PROMPTS[:2]] == exact
+        assert model.generate(["a"], temperature=0, max_new_tokens=3) == ["accc"]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_finite_are_an_error(value, temperature):
+def test_logits_that_are_not_finite_are_an_error(temperature):
     """One row of a batch, in the second step."""
     model = SonnetGPT(Scripted({"a": "b", "b": "a", "c": "c"}))
-    model.gpt.table[LETTERS.index("b"), LETTERS.index("c")] = value
+    model.gpt.table[LETTERS.index("b"), LETTERS.index("c")] = float("nan")
     with pytest.raises(FloatingPointError, match="not finite"):
         model.generate(["c", "a"], temperature=temperature)
 
 
-@pytest.mark.parametrize(
-    ("prompts", "message"),
-    [
-        (["a", ""], "'' has 0 tokens; 1 to 7 fit"),
-        (["a", "a" * 8], "8 tokens; 1 to 7 fit"),
-        ("From", "list of texts"),
-    ],
-)
-def test_an_unusable_prompt_is_an_error(prompts, message):
-    """It would come back unchanged, or each of its characters would be continued."""
-    with pytest.raises(InputError, match=message):
-        SonnetGPT(Scripted({"a": "a"}, n_positions=8)).generate(prompts)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("temperature", -0.1),
-        ("temperature", float("inf")),
-        ("temperature", float("nan")),
-        ("top_p", 0.0),
-        ("top_p", 1.1),
-        ("top_k", -1),
-        ("repetition_penalty", 0.5),
-        ("max_new_tokens", -1),
-        ("max_lines", 1.5),
-    ],
-)
-def test_a_setting_out_of_range_is_named(gpt, name, value):
-    """Such a setting would give NaN, an empty set or no text."""
-    with pytest.raises(InputError, match=f"{name} must be .*{value}"):
-        SonnetGPT(gpt).generate(["From"], **{name: value})
+def test_unusable_prompts_and_settings_are_named():
+    """A prompt would come back unchanged; a setting would give NaN, an empty set or no text."""
+    model = SonnetGPT(Scripted({"a": "a"}, n_positions=8))
+    prompts = {"'' has 0 tokens; 1 to 7 fit": ["a", ""], "8 tokens; 1 to 7 fit": ["a", "a" * 8]}
+    for message, texts in (prompts | {"list of texts": "aa"}).items():
+        with pytest.raises(InputError, match=message):
+            model.generate(texts)
+    for name, value in {"temperature": float("nan"), "top_p": 0.0, "top_k": -1}.items():
+        with pytest.raises(InputError, match=f"{name} must be"):
+            model.generate(["a"], **{name: value})

@@ -87,14 +87,13 @@ def test_cache_equals_no_cache(gpt, ids, side, chunks):
     assert_close(torch.cat(parts, 1)[real], whole[real], **CLOSE)
 
 
-@pytest.mark.parametrize("cached", [0, 60])
-def test_past_the_last_position_is_an_error(gpt, cached):
+def test_past_the_last_position_is_an_error(gpt):
     """The embedding's index error would name neither the length nor the limit."""
     cache, ids = KVCache(gpt.config, 1, 70), torch.zeros(1, 65, dtype=torch.long)
-    if cached:
-        gpt(ids[:, :cached], cache=cache)
-    with pytest.raises(InputError, match=r"65 tokens, .* 64 positions"):
-        gpt(ids[:, cached:], cache=cache)
+    gpt(ids[:, :60], cache=cache)
+    for settings in ({"input_ids": ids}, {"input_ids": ids[:, 60:], "cache": cache}):
+        with pytest.raises(InputError, match=r"65 tokens, .* 64 positions"):
+            gpt(**settings)
     with pytest.raises(InputError, match=r"attention_mask.*\(1, 20\)"):
         gpt(ids[:, :20], torch.ones(1, 19))
 

@@ -5,7 +5,6 @@ Nearly all folders here are written by transformers or hold what its earlier ver
 
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -22,19 +21,14 @@ from lora import apply_lora
 from models.gpt2 import GPT2Model
 from models.hugging_face import HUB_ORGANIZATION, SIZES
 
-TEXTS = ["beauty's rose", " Might never die,\n\n", "caf\u00e9", "that , he . 's <b>"]
+TEXTS = ["beauty's rose", " Might never die,\n\n", "caf\u00e9 that , he . 's <b>"]
 WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
-
-
-def read_json(path):
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def change_json(path, **settings):
     """Change settings of a JSON file; ... deletes one."""
-    config = (read_json(path) if path.exists() else {}) | settings
-    config = {name: value for name, value in config.items() if value is not ...}
-    path.write_text(json.dumps(config), encoding="utf-8")
+    config = (json.loads(path.read_text()) if path.exists() else {}) | settings
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
 
 
 def config(**settings):
@@ -42,13 +36,10 @@ def config(**settings):
 
 
 def tensors_by(change):
-    """A form whose tensors are changed by `change(tensors)`, in place or into a new dict."""
-
-    def form(path):
-        tensors = load_file(path / WEIGHTS)
-        save_file(change(tensors) or tensors, path / WEIGHTS, metadata={"format": "pt"})
-
-    return form
+    """A form whose tensors are those that `change(tensors)` returns."""
+    return lambda path: save_file(
+        change(load_file(path / WEIGHTS)), path / WEIGHTS, metadata={"format": "pt"}
+    )
 
 
 def transformers_model(path):
@@ -79,62 +70,38 @@ def published(tensors):
     return tensors
 
 
-def only_head(tensors):
-    tensors["lm_head.weight"] = tensors.pop("transformer.wte.weight")
-
-
 def vocab_and_merges(path):
-    model = read_json(path / "tokenizer.json")["model"]
+    model = json.loads((path / "tokenizer.json").read_text())["model"]
     (path / "tokenizer.json").unlink()
     change_json(path / "vocab.json", **model["vocab"], **{"<|endoftext|>": 299})
-    merges = "\n".join(" ".join(pair) for pair in model["merges"])
-    (path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+    (path / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]))
 
 
 def added_pad(path):
     """A padding token beyond the embedding, as `tokenizer.add_special_tokens` gives."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    tokenizer.padding_side = "left"
     tokenizer.save_pretrained(path)
     change_json(path / "config.json", pad_token_id=300)
 
 
-def added_pad_and_embedding(path):
-    added_pad(path)
-    model = transformers_model(path)
-    model.resize_token_embeddings(301, mean_resizing=False)
-    model.save_pretrained(path)
-
-
 ALIASES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SAMPLING = {"do_sample": True, "top_k": 3, "eos_token_id": [5, 6]}
 # Changes to the folder that transformers has saved; each gives one form that has to load
 FORMS = {
-    "as saved": lambda path: None,
     "sharded": sharded,
     "pickle": pickled,
     "float16": lambda path: transformers_model(path).half().save_pretrained(path),
     "without prefix": lambda path: transformers_model(path).transformer.save_pretrained(path),
     "published": tensors_by(published),
-    "only head": tensors_by(only_head),
     "different dropouts": config(embd_pdrop=0.3, attn_pdrop=0, resid_pdrop=0.05),
-    "eos 13": config(eos_token_id=13),
     "eos list": config(eos_token_id=[13, 5]),
-    "eos empty list": config(eos_token_id=[]),
     "eos null": config(eos_token_id=None, bos_token_id=None),
-    "eos out of range": config(eos_token_id=50256),
     "aliases": config(n_embd=..., n_layer=..., n_head=..., **ALIASES),
-    "heads and epsilon": config(n_head=2, layer_norm_epsilon=1e-3, n_inner=128),
-    "other gelu": config(activation_function="gelu_pytorch_tanh"),
-    "other settings": config(
-        task_specific_params={"a": {"b": 1}}, note="caf\u00e9", use_cache=False
-    ),
+    "heads and epsilon": config(n_head=2, layer_norm_epsilon=1e-3, n_inner=128, note="caf\u00e9"),
     "vocab and merges": vocab_and_merges,
     "added pad": added_pad,
-    "added pad and embedding": added_pad_and_embedding,
-    "generation": lambda path: change_json(
-        path / "generation_config.json", do_sample=True, top_k=3, eos_token_id=[5, 6]
-    ),
+    "generation": lambda path: change_json(path / "generation_config.json", **SAMPLING),
 }
 
 
@@ -161,7 +128,7 @@ def test_every_folder_that_transformers_loads_loads_and_is_saved(path, ids, form
     assert not gpt.training
     assert_close(logits(gpt, ids), expected, atol=1e-4, rtol=0)
     assert gpt.encode(TEXTS) == [tokenizer(text)["input_ids"] for text in TEXTS]
-    assert gpt.end_of_text == (13 if form in ("eos 13", "eos list") else 299)
+    assert gpt.end_of_text == (13 if form == "eos list" else 299)
 
     saved = path.with_name("saved")
     gpt.save_pretrained(saved)
@@ -169,101 +136,59 @@ def test_every_folder_that_transformers_loads_loads_and_is_saved(path, ids, form
     with torch.no_grad():
         assert_close(again(ids).logits, expected, atol=1e-4, rtol=0)
     assert [tokenizer_again(text)["input_ids"] for text in TEXTS] == gpt.encode(TEXTS)
-    for name in ("eos_token", "bos_token", "pad_token", "padding_side"):
-        assert getattr(tokenizer_again, name) == getattr(tokenizer, name), name
+    assert tokenizer_again.special_tokens_map == tokenizer.special_tokens_map
     settings = [model.config.to_dict() for model in (theirs, again)]
     for name in ("_name_or_path", "architectures", "dtype", "transformers_version"):
         del settings[0][name], settings[1][name]
     assert settings[0] == settings[1]
     assert again.generation_config.to_dict() == theirs.generation_config.to_dict()
+    assert len({file.stat().st_mode for file in saved.iterdir()}) == 1  # not only for the owner
     twice = GPT2Model.from_pretrained(saved)
     assert twice.config == gpt.config
     twice.save_pretrained(path.with_name("twice"))
     assert all_files(path.with_name("twice")) == all_files(saved)
 
 
-def test_saved_files_have_the_mode_of_the_umask(gpt, tmp_path):
-    """safetensors makes files that only their owner reads."""
-    umask = os.umask(0o027)
-    gpt.save_pretrained(tmp_path)
-    os.umask(umask)
-    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o640}
-
-
 def test_saving_over_the_loaded_folder(path, ids):
     """Its tensors may be mapped into memory."""
     gpt = GPT2Model.from_pretrained(str(path))
-    before = logits(gpt, ids)
     gpt.save_pretrained(path)
-    again = GPT2Model.from_pretrained(f"{path}/")
-    assert torch.equal(logits(again, ids), before)
-    assert again.encode(TEXTS) == gpt.encode(TEXTS)
+    assert torch.equal(logits(GPT2Model.from_pretrained(f"{path}/"), ids), logits(gpt, ids))
+    with pytest.raises(InputError, match="merge_lora"):  # the folder would lack the update
+        apply_lora(gpt, LoRAConfig()).save_pretrained(path)
 
 
-def test_a_model_that_was_not_loaded_is_saved(tmp_path, ids):
+def test_a_model_that_was_not_loaded_is_saved(tmp_path):
     """It has no tokenizer, and transformers gets its settings from GPT2Config."""
-    gpt = GPT2Model(GPT2Config(2, 32, 4, 300, 64, resid_pdrop=0.2, eos_token_id=5)).eval()
-    gpt.save_pretrained(tmp_path)
+    config = GPT2Config(2, 32, 4, 300, 64, resid_pdrop=0.2, eos_token_id=5)
+    GPT2Model(config).save_pretrained(tmp_path)
     theirs = transformers_model(tmp_path)
     assert (theirs.config.resid_pdrop, theirs.generation_config.eos_token_id) == (0.2, 5)
-    with torch.no_grad():
-        assert_close(logits(gpt, ids), theirs(ids).logits, atol=1e-5, rtol=0)
-
-
-def test_a_model_with_lora_is_not_saved_as_a_model(gpt, tmp_path):
-    """The folder would lack the update, or have tensors that nobody reads."""
-    with pytest.raises(InputError, match="merge_lora"):
-        apply_lora(gpt, LoRAConfig()).save_pretrained(tmp_path / "saved")
-
-
-def test_the_bundled_model_equals_transformers(ids):
-    """Its float16 file is computed in float32, and "tiny" names its folder."""
-    gpt, theirs = GPT2Model.from_pretrained(), transformers_model(ROOT / "data" / "tiny-gpt2")
-    with torch.no_grad():
-        assert_close(logits(gpt, ids), theirs(ids).logits, atol=1e-4, rtol=0)
-    assert gpt.name == "data/tiny-gpt2"
 
 
 def test_loading_prints_nothing(path, capfd):
     """transformers' bars and reports would drown the lines of a script."""
     tensors_by(published)(path)
-    GPT2Model.from_pretrained(path).encode(TEXTS)
+    GPT2Model.from_pretrained(path)
     assert capfd.readouterr() == ("", "")
 
 
-def tensor(name, shape):
-    """Replace a tensor by one of another shape; None removes it."""
+def tensor(name, function):
+    """Replace a tensor by a function of it, or of the embedding if it is new; None removes it."""
 
     def change(tensors):
-        tensors.pop(f"transformer.{name}", None)
-        if shape is not None:
-            tensors[f"transformer.{name}"] = torch.zeros(shape)
+        new = function(tensors.pop(name, tensors["transformer.wte.weight"]).clone())
+        return tensors if new is None else tensors | {name: new}
 
     return tensors_by(change)
 
 
-def add_to(name, value):
-    """Change one value of a tensor; that of the head starts as the embedding."""
-
-    def change(tensors):
-        tensors[name] = tensors.get(name, tensors["transformer.wte.weight"]).clone()
-        tensors[name].view(-1)[-1] += value
-
-    return tensors_by(change)
+def without(name):
+    return lambda path: (path / name).unlink()
 
 
-def without(*names):
-    return lambda path: [(path / name).unlink() for name in names]
-
-
-def cut(name, text=None):
-    """A file of `text`, or half of what it was."""
-
-    def form(path):
-        content = (path / name).read_bytes()
-        (path / name).write_bytes(content[: len(content) // 2] if text is None else text)
-
-    return form
+def cut(name):
+    return lambda path: (path / name).write_bytes((path / name).read_bytes()[:100])
 
 
 def lost_shard(path):
@@ -271,48 +196,35 @@ def lost_shard(path):
     sorted(path.glob("model-*.safetensors"))[1].unlink()
 
 
-def truncated_pickle(path):
-    pickled(path)
-    cut(PICKLE)(path)
-
-
+H = "transformer.h"
 # Changes to the folder and a pattern of the error, which names what does not fit
 REJECTED = {
     "gelu": (config(activation_function="gelu"), "activation_function to 'gelu'.*gelu_"),
     "untied": (config(tie_word_embeddings=False), "tie_word_embeddings to False"),
-    "unscaled": (config(scale_attn_weights=False), "scale_attn_weights to False"),
-    "layer scale": (config(scale_attn_by_inverse_layer_idx=True), "inverse_layer_idx to True"),
     "cross-attention": (config(add_cross_attention=True), "add_cross_attention to True"),
     "n_inner": (config(n_inner=96), "n_inner to 96.*128"),
     "llama": (config(model_type="llama"), "model_type to 'llama'"),
     "quantized": (config(quantization_config={"load_in_4bit": True}), "quantization_config"),
-    "heads": (config(n_head=5), r"n_embd 32 .* n_head 5"),
-    "text for a number": (config(n_layer="2"), "n_layer"),
-    "negative": (config(n_embd=-32), "n_embd"),
-    "huge": (config(n_layer=10**9), "n_layer"),
-    "list": (cut("config.json", b"[1]"), r"config\.json"),
+    "heads": (config(n_head=5), "n_embd 32 .* n_head 5"),
     "broken config": (cut("config.json"), r"config\.json"),
-    "no config": (without("config.json"), r"config\.json"),
-    "missing": (tensor("h.1.mlp.c_fc.bias", None), r"h\.1\.mlp\.c_fc\.bias is missing"),
-    "missing embedding": (tensor("wte.weight", None), r"wte\.weight is missing"),
-    "extra layer": (tensor("h.2.ln_1.weight", (32,)), r"h\.2\.ln_1\.weight is unknown"),
-    "value head": (tensor("v_head.summary.weight", (1, 32)), "v_head.* is unknown"),
-    "like a mask": (tensor("h.0.attn.bias_k", (32,)), r"h\.0\.attn\.bias_k is unknown"),
-    "fewer layers": (config(n_layer=1), r"h\.1\..* is unknown"),
-    "more layers": (config(n_layer=3), r"h\.2\..* is missing"),
-    "positions": (tensor("wpe.weight", (63, 32)), r"wpe\.weight.*\(63, 32\).*\(64, 32\)"),
-    "vocabulary": (config(vocab_size=301), r"wte\.weight.*\(300, 32\).*\(301, 32\)"),
-    "not transposed": (tensor("h.0.mlp.c_fc.weight", (128, 32)), r"h\.0\.mlp\.c_fc\.weight"),
-    "another head": (add_to("lm_head.weight", 1), r"lm_head\.weight differs"),
-    "NaN": (add_to("transformer.h.1.ln_2.weight", torch.nan), r"h\.1\.ln_2\.weight is not finite"),
-    "infinite": (add_to("transformer.wpe.weight", torch.inf), r"wpe\.weight is not finite"),
+    "missing": (
+        tensor(f"{H}.1.mlp.c_fc.bias", lambda old: None),
+        r"h\.1\.mlp\.c_fc\.bias is missing",
+    ),
+    "extra layer": (
+        tensor(f"{H}.2.ln_1.weight", lambda old: old),
+        r"h\.2\.ln_1\.weight is unknown",
+    ),
+    "misshapen": (
+        tensor("transformer.wpe.weight", lambda old: old[1:]),
+        r"wpe\.weight.*\(63, 32\).*\(64, 32\)",
+    ),
+    "another head": (tensor("lm_head.weight", lambda old: old + 1), r"lm_head\.weight differs"),
+    "NaN": (tensor(f"{H}.1.ln_2.weight", lambda old: old / 0 * 0), r"ln_2\.weight is not finite"),
     "no weights": (without(WEIGHTS), "weights cannot be read"),
-    "truncated": (cut(WEIGHTS), "weights cannot be read"),
-    "truncated pickle": (truncated_pickle, "weights cannot be read"),
     "lost shard": (lost_shard, "weights cannot be read"),
     "no tokenizer": (without("tokenizer.json"), "no tokenizer"),
     "broken tokenizer": (cut("tokenizer.json"), "tokenizer cannot be read"),
-    "empty tokenizer": (cut("tokenizer.json", b"{}"), "tokenizer cannot be read"),
 }
 
 
@@ -325,11 +237,10 @@ def test_a_folder_that_does_not_fit_is_rejected_by_name(path, problem):
         GPT2Model.from_pretrained(path)
 
 
-@pytest.mark.parametrize("name", ["gpt3", "no/such/folder", ""])
-def test_an_unknown_model_is_named(name):
+def test_an_unknown_model_is_named():
     """The error lists the sizes."""
-    with pytest.raises(InputError, match=f"{name}.*tiny, gpt2.*gpt2-xl"):
-        GPT2Model.from_pretrained(name)
+    with pytest.raises(InputError, match=r"gpt3 .*tiny, gpt2.*gpt2-xl"):
+        GPT2Model.from_pretrained("gpt3")
 
 
 class Malicious:
@@ -342,12 +253,9 @@ class Malicious:
         return open, (str(self.file), "w")
 
 
-@pytest.mark.parametrize(
-    "write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))]
-)
 @pytest.mark.parametrize("name", [WEIGHTS, PICKLE])
-def test_a_folder_runs_no_code(path, tmp_path, write, name):
-    """Neither that of a pickle nor Python files that its settings name."""
+def test_a_folder_runs_no_code(path, tmp_path, name):
+    """Neither that of a pickle nor a Python file that its settings name."""
     trace = tmp_path / "trace"
     (path / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass Evil: pass\n")
     change_json(path / "config.json", auto_map={"AutoConfig": "evil.Evil"})
@@ -355,30 +263,28 @@ def test_a_folder_runs_no_code(path, tmp_path, write, name):
     change_json(path / "tokenizer_config.json", **evil)
     assert GPT2Model.from_pretrained(path).encode(["a rose"])
     (path / WEIGHTS).unlink()
-    write({"transformer.wte.weight": Malicious(trace)}, path / name)
+    torch.save({"transformer.wte.weight": Malicious(trace)}, path / name)
     with pytest.raises(InputError, match="weights cannot be read"):
         GPT2Model.from_pretrained(path)
     assert not trace.exists()
 
 
 HUB = """
-import sys, time
+import sys
 from config import InputError
 from models.gpt2 import GPT2Model
 for name in sys.argv[1:]:
-    started = time.perf_counter()
     try:
-        result = GPT2Model.from_pretrained(name).name
+        print(GPT2Model.from_pretrained(name).name)
     except InputError as error:
-        result = str(error)
-    print(result, time.perf_counter() - started < 10, sep="|")
+        print(error)
 """
 
 
 def test_the_cache_of_the_hub(path, tmp_path):
     """Both names of a model are found without asking the hub, which refuses connections here.
 
-    Models that are not or only partly in the cache are refused at once, with the ways out.
+    Models that are not or only partly in the cache are refused soon, with the ways out.
     """
     vocab_and_merges(path)
     for cached in ("gpt2", "openai-community/gpt2-medium", "gpt2-large"):
@@ -387,15 +293,12 @@ def test_the_cache_of_the_hub(path, tmp_path):
         (place / "refs").mkdir()
         (place / "refs" / "main").write_text("0" * 40)
     (snapshot / WEIGHTS).unlink()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    hub = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     found = [f"{owner}{name}" for name in SIZES[:2] for owner in ("", HUB_ORGANIZATION)]
     command = [sys.executable, "-c", HUB, *found, *SIZES[2:]]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (0, "")
-    lines = [line.split("|") for line in result.stdout.splitlines()]
-    assert [name for name, _ in lines[:4]] == found
-    for error, _ in lines[4:]:
+    output = subprocess.check_output(command, cwd=ROOT, env=os.environ | hub, text=True, timeout=90)
+    lines = output.splitlines()
+    assert lines[:4] == found
+    for error in lines[4:]:
         assert "is not in the local cache and cannot be downloaded" in error
         assert all(way in error for way in ("--model_size tiny", "folder", "HF_HOME"))
-    assert [quick for _, quick in lines] == ["True"] * 6

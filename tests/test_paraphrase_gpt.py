@@ -57,11 +57,9 @@ def test_padding_and_batch_mates_change_nothing(gpt, ids, pooling, pair_encoding
     assert_close(model(*left), together, rtol=0, atol=1e-6)
     assert (together[0] - together[1]).abs().max() > 1e-3
     weights = model.token_weights(ids, mask)  # None for a pooling that learns none
-    if pooling in ("generalized", "multihead"):
-        assert (weights[mask == 0] == 0).all()
-        assert_close(weights.sum(-1), torch.ones(ids.shape[:-1]))
-    else:
-        assert weights is None
+    assert (weights is None) == (pooling not in ("generalized", "multihead"))
+    if weights is not None:
+        assert_close((weights * mask).sum(-1), torch.ones(ids.shape[:-1]))
 
 
 @torch.no_grad()
@@ -78,69 +76,41 @@ def test_input_of_the_head(gpt, ids):
         model(pair, torch.ones_like(pair))
 
 
-@ENCODINGS
-def test_loss_is_cross_entropy_plus_penalty(gpt, ids, pair_encoding):
-    """Nats per pair, worked out from the logits; five equal heads have ten penalties of 1."""
-    model = make(gpt, "multihead", pair_encoding, parameter_penalty=0.0, vector_penalty=0.5)
+def test_loss_is_cross_entropy_plus_penalty(gpt, ids):
+    """Nats per pair, worked out from the logits; equal heads have a penalty of 1 per pair."""
+    model = make(gpt, "multihead", "separate", heads=2, parameter_penalty=0.0, vector_penalty=0.5)
     for part in (model.pooling.inner, model.pooling.outer):
-        for head in range(1, 5):
-            part[head].load_state_dict(part[0].state_dict())
-    (no, yes), (other_no, other_yes) = model(*batch(ids, pair_encoding)).tolist()
+        part[1].load_state_dict(part[0].state_dict())
+    inputs = batch(ids, "separate")
+    (no, yes), (other_no, other_yes) = model(*inputs).tolist()
     nats = [math.log(1 + math.exp(no - yes)), math.log(1 + math.exp(other_yes - other_no))]
-    loss = model.loss(*batch(ids, pair_encoding), LABELS).item()
-    assert loss == pytest.approx(sum(nats) / 2 + 0.5 * 10, rel=1e-5)
+    assert model.loss(*inputs, LABELS).item() == pytest.approx(sum(nats) / 2 + 0.5, rel=1e-5)
 
 
-def test_full_fine_tuning_reaches_every_parameter(gpt, ids):
-    """Only the bias of generalized pooling has (almost) no effect on the softmax."""
-    model = make(gpt, "generalized", "separate")
-    model.loss(*batch(ids, "separate"), LABELS).backward()
-    for name, parameter in model.named_parameters():
-        assert name == "pooling.score.bias" or parameter.grad.abs().sum() > 0
-
-
-def test_lora_trains_its_matrices_pooling_and_head(gpt, ids):
-    """Exactly these require and get a gradient; the base model has none."""
-    model = apply_lora(make(gpt, "multihead"), LoRAConfig(rank=2)).train()
-    assert gpt.training
-    model.loss(*batch(ids), LABELS).backward()
-    for name, parameter in model.named_parameters():
-        trained = not name.startswith("gpt.") or ".lora_" in name
-        assert parameter.requires_grad == trained, name
-        assert (parameter.grad is not None) == trained, name
-
-
-def test_a_frozen_gpt_gets_no_gradient_and_stays_in_evaluation_mode(gpt, ids):
-    """Then only pooling and head are trained, on the same loss, without dropout."""
+@pytest.mark.parametrize("lora", [False, True], ids=["frozen", "lora"])
+def test_what_is_trained(gpt, ids, lora):
+    """Pooling, head and LoRA get gradients, the base none; a frozen GPT-2 has no dropout."""
     model = make(gpt, "generalized")
     expected = model.loss(*batch(ids), LABELS)
     gpt.requires_grad_(False)
-    model.train()
-    assert (model.training, model.pooling.training, gpt.training) == (True, True, False)
-    loss = model.loss(*batch(ids), LABELS)
+    if lora:
+        apply_lora(model, LoRAConfig(rank=2))
+    loss = model.train().loss(*batch(ids), LABELS)
     loss.backward()
-    assert torch.equal(loss, expected)
-    assert all(parameter.grad is None for parameter in gpt.parameters())
-    assert all(parameter.grad is not None for parameter in model.head_modules().parameters())
-    assert not model.eval().training
+    assert (model.pooling.training, gpt.training) == (True, lora)
+    assert torch.equal(loss, expected) != lora
+    for name, parameter in model.named_parameters():
+        trained = not name.startswith("gpt.") or ".lora_" in name
+        assert (parameter.grad is not None) == trained, name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_vocab_logits(dtype):
+def test_vocab_logits(gpt):
     """The logits are at the tokens no and yes of the bundled model, and -1e9 elsewhere."""
     model = ParaphraseGPT(GPT2Model.from_pretrained("tiny"))
-    wide = model.vocab_logits(torch.tensor([[1.5, -2.0], [-30.0, -20.0]], dtype=dtype))
+    wide = model.vocab_logits(torch.tensor([[1.5, -2.0], [-30.0, -20.0]]).half())
     assert (wide.shape, wide.dtype) == ((2, 8192), torch.float32)
-    answers = [model.gpt.tokenizer.decode([token]) for token in wide.argmax(1).tolist()]
-    assert answers == ["no", "yes"]
-    places = model.gpt.tokenizer.convert_tokens_to_ids(["no", "yes"])
-    assert wide[:, places].tolist() == [[1.5, -2.0], [-30.0, -20.0]]
-    wide[:, places] = -1e9
-    assert (wide == -1e9).all()
-
-
-def test_vocab_logits_need_the_tokens_no_and_yes(gpt):
-    """The tokenizer of this model has neither."""
+    assert [model.gpt.decode([token]) for token in wide.argmax(1).tolist()] == ["no", "yes"]
+    assert wide.sort().values[:, -3:].tolist() == [[-1e9, -2.0, 1.5], [-1e9, -30.0, -20.0]]
     with pytest.raises(InputError, match="no tokens for"):
         make(gpt).vocab_logits(torch.zeros(1, 2))
 
@@ -162,34 +132,19 @@ def test_saved_loaded_and_saved_again(gpt, ids, tmp_path, lora, settings):
         assert torch.equal(again(*inputs), model.eval()(*inputs))
     assert again.settings == {"pooling": settings[0], "pair_encoding": settings[1], **penalties}
     again.save_pretrained(two)
-    names = sorted(path.name for path in one.iterdir())
-    assert names == sorted(path.name for path in two.iterdir())
-    assert ("adapter_model.safetensors" in names) == lora
-    for name in names:
-        assert (one / name).read_bytes() == (two / name).read_bytes()
+    files = {path.name: path.read_bytes() for path in one.iterdir()}
+    assert files == {path.name: path.read_bytes() for path in two.iterdir()}
+    assert ("adapter_model.safetensors" in files) == lora
     assert len({path.stat().st_mode for path in one.iterdir()}) == 1
-
-
-def test_a_folder_without_a_head_is_rejected(folder, tmp_path):
-    """A plain GPT-2 or a missing folder never gets a random head."""
-    for path in (folder, tmp_path / "absent"):
-        with pytest.raises(InputError, match=r"head\.safetensors not found"):
-            ParaphraseGPT.from_pretrained(path)
 
 
 LAST = {"pooling": "last", "pair_encoding": "joint"}
 # Settings and changed tensors of a head with the pooling `last`
 BROKEN = {
-    "no settings": (None, {}),
-    "no JSON": ("{", {}),
-    "no object": ("[1]", {}),
+    "no object": ([1], {}),
     "unknown pooling": (LAST | {"pooling": "median"}, {}),
-    "unknown encoding": (LAST | {"pair_encoding": "sideways"}, {}),
     "unknown setting": (LAST | {"x": 1}, {}),
-    "another pooling": (LAST | {"pooling": "generalized"}, {}),
     "another encoding": (LAST | {"pair_encoding": "separate"}, {}),
-    "negative": ({"pooling": "multihead", "heads": -1}, {}),
-    "missing": (LAST, {"head.bias": None}),
     "unexpected": (LAST, {"x": torch.ones(1)}),
     "misshapen": (LAST, {"head.weight": torch.ones(2, 3)}),
 }
@@ -201,15 +156,9 @@ def test_an_unusable_head_is_rejected(gpt, tmp_path, problem):
     settings, changes = BROKEN[problem]
     make(gpt).save_pretrained(tmp_path)
     path = tmp_path / "head.safetensors"
-    tensors = {name: part for name, part in (load_file(path) | changes).items() if part is not None}
-    if settings is not None:
-        settings = {"settings": settings if isinstance(settings, str) else json.dumps(settings)}
-    save_file(tensors, path, metadata=settings)
+    save_file(load_file(path) | changes, path, metadata={"settings": json.dumps(settings)})
     with pytest.raises(InputError, match=r"head\.safetensors is not the head"):
         ParaphraseGPT.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("settings", [("median", "joint"), ("last", "both")], ids=str)
-def test_an_unknown_pooling_or_encoding_is_named(gpt, settings):
-    with pytest.raises(InputError, match=f"{settings[0]}.*{settings[1]}.*generalized"):
-        ParaphraseGPT(gpt, *settings)
+    path.unlink()
+    with pytest.raises(InputError, match=r"head\.safetensors not found"):
+        ParaphraseGPT.from_pretrained(tmp_path)
