@@ -160,9 +160,8 @@ def generate_only(options: Namespace, hardware: opt.Hardware) -> None:
         prompts = sonnets["text"].map(sonnet_prompt).tolist()
         texts = generate(model, prompts, vars(options), hardware)
         write_text(options.sonnet_out, format_sonnets(sonnets, texts, options.max_lines))
-        print(
-            f"{preview(sonnets, texts, options.max_lines)}\n\nall {len(texts)}: {options.sonnet_out}"
-        )
+        print(preview(sonnets, texts, options.max_lines))
+        print(f"\nall {len(texts)} sonnets: {options.sonnet_out}")
         return
     prompts = [read_prompt(text) for text in options.prompt for _ in range(options.num_samples)]
     texts = generate(model, prompts, vars(options), hardware)
