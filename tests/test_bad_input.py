@@ -20,13 +20,9 @@ BOTH = ("sonnets", "paraphrases")
 def files(tmp_path_factory):
     """A model, data, and an adapter and a classifier as runs leave them."""
     root = make_files(tmp_path_factory.mktemp("files"))
-    with pytest.MonkeyPatch.context() as patch:
-        for script in SCRIPTS.values():
-            patch.setattr(script, "draw_curves", lambda *_: None)
-        patch.setattr(SCRIPTS["paraphrases"], "draw_attention", lambda *_: None)
-        for kind in ("sonnets-lora", "paraphrases-full"):
-            shutil.copytree(run(root, kind, root / "run", "--epochs=1") / "best", root / kind)
-            shutil.rmtree(root / "run")
+    for kind in ("sonnets-lora", "paraphrases-full"):
+        shutil.copytree(run(root, kind, root / "run", "--epochs=1") / "best", root / kind)
+        shutil.rmtree(root / "run")
     (root / "file").touch()
     (root / "prompts.txt").write_text("1\na\nb\nc\n")
     (root / "nolabels.csv").write_text("id\tsentence1\tsentence2\na\tx\ty\n")
@@ -235,7 +231,6 @@ FAULTS = [
 )
 def test_faults_during_a_run(files, tmp_path, monkeypatch, capsys, fault, code, message):
     """One line without a traceback; --resume completes the run."""
-    monkeypatch.setattr(SCRIPTS["sonnets"], "draw_curves", lambda *_: None)
 
     def fail(self, state):
         raise fault
@@ -245,7 +240,7 @@ def test_faults_during_a_run(files, tmp_path, monkeypatch, capsys, fault, code, 
         patch.setattr(Run, "save_state", fail)
         found, error = stop("sonnets", given, capsys)
     assert (found, error.removeprefix("error: ").startswith(message)) == (code, True), error
-    command("sonnets", [*given, "--resume"])
+    run(files, "sonnets-lora", tmp_path / "run", "--resume")
     assert (tmp_path / "run" / "summary.json").exists()
 
 

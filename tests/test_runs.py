@@ -13,7 +13,7 @@ from pathlib import Path
 import filelock
 import pytest
 import torch
-from small_runs import SCRIPTS, make_files, run
+from small_runs import make_files, run
 
 from config import InputError
 from training import runs
@@ -28,11 +28,6 @@ def options(out_dir=None, resume=False, **others):
 def root(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "ROOT", tmp_path)
     return tmp_path / "runs" / "task"
-
-
-@pytest.fixture(autouse=True)
-def plotless(monkeypatch):
-    monkeypatch.setattr(SCRIPTS["sonnets"], "draw_curves", lambda *_: None)
 
 
 def test_a_name_that_is_taken_gets_a_number(root):
@@ -208,10 +203,8 @@ def test_best_is_replaced_completely_or_not_at_all(tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="needs modes")
 @pytest.mark.parametrize("kind", ["sonnets-lora", "paraphrases-full"])
-def test_all_files_have_the_mode_of_the_umask(tmp_path, monkeypatch, kind):
+def test_all_files_have_the_mode_of_the_umask(tmp_path, kind):
     """safetensors makes files for their owner alone."""
-    monkeypatch.setattr(SCRIPTS["paraphrases"], "draw_curves", lambda *_: None)
-    monkeypatch.setattr(SCRIPTS["paraphrases"], "draw_attention", lambda *_: None)
     files = make_files(tmp_path)
     before = os.umask(0o027)
     try:

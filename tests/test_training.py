@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import shutil
 import sys
 from types import SimpleNamespace
 
@@ -12,11 +11,9 @@ import torch
 from small_runs import KINDS, SCRIPTS, arguments, command, make_files, outcome, run
 from torch import nn
 
-from config import ROOT, InputError, LoRAConfig, TrainConfig
-from datasets import SonnetsDataset, TextDataset, split
-from evaluation.metrics import language_model_metrics
+from config import InputError, LoRAConfig, TrainConfig
+from datasets import TextDataset, split
 from lora import apply_lora
-from models.gpt2 import GPT2Model
 from models.sonnet_gpt import SonnetGPT
 from speed.training import speed_up
 from training import loop
@@ -75,8 +72,8 @@ def fit(path, dev=(1.0,), values=(1.0, 2.0, 4.0), factors=(), dtype=torch.float3
         folder.mkdir()
         (folder / "weight").write_text(str(model.weight.item()))
 
-    metric = settings.pop("metric", "dev_loss")
-    options = {"out_dir": str(path), "resume": False}
+    metric, resume = settings.pop("metric", "dev_loss"), settings.pop("resume", False)
+    options = {"out_dir": str(path), "resume": resume}
     config = TrainConfig(**{"epochs": len(dev), "lr": 0.1, "batch_size": 2} | settings)
     result = Run("toy", "toy", options, {})
     task = Task(Values(values), evaluate, save, metric)
@@ -207,19 +204,8 @@ def files(tmp_path_factory):
     return make_files(tmp_path_factory.mktemp("files"))
 
 
-@pytest.fixture
-def plotless(monkeypatch):
-    """Plots take longer than all the rest."""
-    for script, name in (
-        ("sonnets", "curves"),
-        ("paraphrases", "curves"),
-        ("paraphrases", "attention"),
-    ):
-        monkeypatch.setattr(SCRIPTS[script], f"draw_{name}", lambda *_: None)
-
-
 @pytest.mark.parametrize("kind", ["sonnets-full", "paraphrases-lora"])
-def test_accumulated_batches_are_one_large_batch(tmp_path, plotless, kind):
+def test_accumulated_batches_are_one_large_batch(tmp_path, kind):
     """Micro-batches of different lengths count by their targets: no mean of means."""
     files, steps = make_files(tmp_path, dropout=0.0), []
     for batch_size, accumulation in ((4, 1), (2, 2), (1, 4)):
@@ -237,31 +223,25 @@ class Stop(Exception):  # noqa: N818 (stands for a kill)
     pass
 
 
-def stop_at(monkeypatch, owner, name, number, after=False):
-    """Raise Stop at the given call of a method, before it or after it."""
-    original, calls = getattr(owner, name), []
+def stop_at(monkeypatch, name, number, after):
+    """Raise Stop at the given call of a method of Trainer, before or after it."""
+    original, calls = getattr(Trainer, name), []
 
     def counted(*given):
         calls.append(1)
-        if len(calls) == number and not after:
-            raise Stop
-        result = original(*given)
+        if len(calls) < number or after:
+            original(*given)
         if len(calls) == number:
             raise Stop
-        return result
 
-    monkeypatch.setattr(owner, name, counted)
+    monkeypatch.setattr(Trainer, name, counted)
 
 
 @pytest.fixture(scope="module")
 def whole(files, tmp_path_factory):
     """The outcomes of runs without interruption."""
-    with pytest.MonkeyPatch.context() as patch:
-        for script in SCRIPTS.values():
-            patch.setattr(script, "draw_curves", lambda *_: None)
-        patch.setattr(SCRIPTS["paraphrases"], "draw_attention", lambda *_: None)
-        folder = tmp_path_factory.mktemp("whole")
-        return {kind: outcome(run(files, kind, folder / kind)) for kind in KINDS}
+    folder = tmp_path_factory.mktemp("whole")
+    return {kind: outcome(run(files, kind, folder / kind)) for kind in KINDS}
 
 
 STOPS = {  # where a run is stopped, at which call, before or after it, and the steps left to do
@@ -277,13 +257,13 @@ STOPS = {  # where a run is stopped, at which call, before or after it, and the 
 @pytest.mark.parametrize(("place", "number", "after", "every", "left"), STOPS.values(), ids=STOPS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_equals_uninterrupted(
-    files, whole, tmp_path, plotless, monkeypatch, kind, place, number, after, every, left
+    files, whole, tmp_path, monkeypatch, kind, place, number, after, every, left
 ):
     """Bit for bit, with dropout: best/, predictions, and tables but for times."""
     given = [files, kind, tmp_path / "cut", f"--checkpoint_every={every or 0}"]
     monkeypatch.setattr(loop, "SAVE_SECONDS", -1 if every is None else 300)
     with monkeypatch.context() as patch:
-        stop_at(patch, Trainer, place, number, after)
+        stop_at(patch, place, number, after)
         with pytest.raises(Stop):
             run(*given)
     calls, original = [], Trainer.take_step
@@ -331,25 +311,8 @@ def test_copies_to_a_gpu_do_not_wait(monkeypatch):
     assert calls == ["pin", {"non_blocking": True}]
 
 
-def test_a_third_task_needs_only_a_model_and_a_dataset(tmp_path, files):
-    """As README.md suggests: here a language model of verses; its dev loss goes down."""
-    model = SonnetGPT(GPT2Model.from_pretrained(files / "model"))
-    texts = pd.read_csv(ROOT / "data" / "verses-dev.csv", sep="\t", nrows=20)
-    dataset = SonnetsDataset(texts.rename(columns={"sentence1": "text"}), model.gpt)
-    evaluate = lambda: {"dev_loss": language_model_metrics(model, dataset)[0]["loss"]}  # noqa: E731
-    task = Task(dataset, evaluate, model.gpt.save_pretrained)
-    before = evaluate()["dev_loss"]
-    result = Run("verses", "verses", {"out_dir": str(tmp_path / "run"), "resume": False}, {})
-    hardware = Hardware(torch.device("cpu"), torch.float32)
-    [epoch] = Trainer(model, task, TrainConfig(epochs=1, lr=0.01), result, hardware).train()
-    assert epoch["dev_loss"] < before
-    assert (result.best / "model.safetensors").exists()
-
-
-def test_a_state_of_another_model_is_rejected(files, tmp_path, plotless):
-    folder = run(files, "sonnets-lora", tmp_path / "run", "--epochs=1")
-    shutil.copy(folder / "state.pt", tmp_path)
-    folder = run(files, "sonnets-full", tmp_path / "full", "--epochs=0")
-    shutil.copy(tmp_path / "state.pt", folder)
-    with pytest.raises(InputError, match=r"the state in .*full does not fit"):
-        run(files, "sonnets-full", folder, "--epochs=0", "--resume")
+def test_a_state_of_another_model_is_rejected(tmp_path):
+    result, _ = fit(tmp_path / "a")
+    result.save_state(result.load_state() | {"parameters": [torch.ones(2, 2)]})
+    with pytest.raises(InputError, match="the state in .*/a does not fit"):
+        fit(tmp_path / "a", resume=True)
