@@ -255,7 +255,7 @@ STOPS = {  # where a run is stopped, at which call, before or after it, and the 
 
 
 @pytest.mark.parametrize(("place", "number", "after", "every", "left"), STOPS.values(), ids=STOPS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sonnets-lora", "paraphrases-full"])
 def test_resumed_equals_uninterrupted(
     files, whole, tmp_path, monkeypatch, kind, place, number, after, every, left
 ):
@@ -314,5 +314,5 @@ def test_copies_to_a_gpu_do_not_wait(monkeypatch):
 def test_a_state_of_another_model_is_rejected(tmp_path):
     result, _ = fit(tmp_path / "a")
     result.save_state(result.load_state() | {"parameters": [torch.ones(2, 2)]})
-    with pytest.raises(InputError, match="the state in .*/a does not fit"):
+    with pytest.raises(InputError, match=r"the state in .*a does not fit"):
         fit(tmp_path / "a", resume=True)
