@@ -91,6 +91,6 @@ def test_an_error_of_the_main_process_reaches_all(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", sent.append)
-    with pytest.raises(InputError, match="a must be .* not '-1'"):
+    with pytest.raises(InputError, match=r"a must be .* not '-1'"):
         distributed.from_main(lambda: check_number("a", "-1", (0, 1), int))
     assert [type(error) for [error] in sent] == [InputError]
