@@ -21,7 +21,10 @@ HEADER = "id\tsentence1\tsentence2\tis_duplicate\n"
 
 
 def make_files(root, dropout=0.1):
-    """A model with the bundled tokenizer, five sonnets and seven pairs of different lengths."""
+    """A model with the bundled tokenizer, five sonnets and seven pairs of different lengths.
+
+    Plots must show $ and characters that their font lacks.
+    """
     torch.manual_seed(0)
     rates = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout)
     shape = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 8192, "n_positions": 64}
@@ -31,8 +34,8 @@ def make_files(root, dropout=0.1):
         shutil.copy(path, root / "model")
     sonnets = [f"{n}\n\nFrom fairest\ncreatures\nwe {n}\n{'thy brow ' * n}\n" for n in range(1, 6)]
     (root / "sonnets.txt").write_text("\n".join(sonnets))
-    pairs = [f"p{n}\t{'thy brow ' * n}\t{'thy' if n % 2 else 'z'} {n}\t{n % 2}\n" for n in range(7)]
-    (root / "pairs.csv").write_text(HEADER + "".join(pairs).replace("\t\t", "\tno\t"))
+    pairs = [f"p{n}\t{'thy $x^ ' * n}\t{'の' if n % 2 else 'z'} {n}\t{n % 2}\n" for n in range(7)]
+    (root / "pairs.csv").write_bytes((HEADER + "".join(pairs).replace("\t\t", "\tno\t")).encode())
     return root
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from small_runs import arguments, make_files, run
 
-from config import ROOT, InputError, check_number
+from config import ROOT, InputError
 from training import distributed
 
 STOP_AND_RESUME = """
@@ -83,14 +83,3 @@ def test_micro_batches_are_a_partition(monkeypatch, processes, count):
         assert len(shares[0]) <= count
         indices = [index for share in shares for part in share for index in part]
         assert sorted(indices) == list(range(size))
-
-
-def test_an_error_of_the_main_process_reaches_all(monkeypatch):
-    """Otherwise the others would wait for it."""
-    sent = []
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "rank", lambda: 0)
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", sent.append)
-    with pytest.raises(InputError, match=r"a must be .* not '-1'"):
-        distributed.from_main(lambda: check_number("a", "-1", (0, 1), int))
-    assert [type(error) for [error] in sent] == [InputError]

@@ -68,21 +68,6 @@ def test_other_code_and_packages_are_noted(tmp_path, monkeypatch, capsys):
     assert found == config | {"resumed": changes}
 
 
-@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
-def test_a_commit_is_marked_if_tracked_code_was_edited(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "ROOT", tmp_path)
-    assert runs.environment()["commit"] is None
-    for name in ("code.py", "table.md"):
-        (tmp_path / name).write_text("1")
-    for words in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm one"):
-        subprocess.run(["git", *words.split()], cwd=tmp_path, check=True)
-    commits = []
-    for name in ("table.md", "new.py", "code.py"):
-        (tmp_path / name).write_text("2")
-        commits.append(runs.environment()["commit"])
-    assert commits == [commits[0], commits[0], commits[0] + "+"]
-
-
 def test_a_moved_run_and_moved_data_are_resumed(tmp_path, monkeypatch):
     """Data and model are compared by their contents, however their paths are spelled."""
     files = make_files(tmp_path)
