@@ -18,43 +18,38 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 import torch  # noqa: E402 (after the settings above)
-from small_runs import KINDS, SCRIPTS, make_files, outcome, run  # noqa: E402
+from small_runs import KINDS, make_files, outcome, run  # noqa: E402
 
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 
 def run_and_die(root, kind, out, at, *more):
     """Run in a child, killed before the `at`th change of a file; returns the number of changes."""
-    reader, writer = os.pipe()
+    log, count = out.parent / "log", out.parent / "count"
+    count.write_bytes(b"")
     pid = os.fork()
     if pid:
-        os.close(writer)
-        with open(reader, "rb") as pipe:
-            count = len(pipe.read())
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        assert status in (0, -signal.SIGKILL), (out.parent / "log").read_text()
-        return count
-    changes = []
+        assert status in (0, -signal.SIGKILL), log.read_text()
+        return len(count.read_bytes())
+    counter, changes = os.open(count, os.O_WRONLY), []
 
     def audit(event, given):
         is_write = event == "open" and isinstance(given[2], int) and given[2] & os.O_ACCMODE
         if (is_write or event in CHANGES) and str(given[0]).startswith(str(out)):
-            changes.append(event)
-            os.write(writer, b".")
+            changes.append(os.write(counter, b"."))
             if len(changes) == at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    code = 1
     try:
-        with open(out.parent / "log", "w", buffering=1) as log:
-            sys.stdout = sys.stderr = log
+        with open(log, "w", buffering=1) as sys.stdout:
+            sys.stderr = sys.stdout
             sys.addaudithook(audit)
             run(root, kind, out, *more)
-        code = 0
     except BaseException:
         traceback.print_exc()
-    finally:
-        os._exit(code)
+        os._exit(1)
+    os._exit(0)
 
 
 def main():
@@ -64,8 +59,6 @@ def main():
     parser.add_argument("--only", choices=KINDS, nargs="+", default=KINDS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    training.setup.draw_curves = lambda *_: None
-    SCRIPTS["paraphrases"].draw_attention = lambda *_: None
     failures = 0
     with tempfile.TemporaryDirectory() as name:
         root = make_files(Path(name).resolve())

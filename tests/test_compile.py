@@ -5,7 +5,7 @@ import functools
 import pandas as pd
 import pytest
 import torch
-from small_runs import SCRIPTS, make_files, run
+from small_runs import make_files, run
 
 
 @pytest.mark.parametrize("more", [[], ["--gradient_checkpointing", "--use_lora"]])
@@ -15,7 +15,6 @@ def test_compiled_steps_are_those_of_eager_mode(tmp_path, monkeypatch, more):
     traced = functools.partial(original, backend="eager", fullgraph=True)
     compile_ = lambda self, **given: compiled.append(given) or traced(self, **given)  # noqa: E731
     monkeypatch.setattr(torch.nn.Module, "compile", compile_)
-    monkeypatch.setattr("training.setup.draw_curves", lambda *_: None)
     files, steps = make_files(tmp_path, dropout=0.0), []
     for options in ([], ["--compile"]):
         out = tmp_path / f"run{len(options)}"

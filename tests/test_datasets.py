@@ -1,10 +1,10 @@
 """Files to frames, exactly or not at all; frames to batches."""
 
+import ast
 import csv
+import dataclasses
 import io
 import re
-import subprocess
-import sys
 
 import pandas as pd
 import pytest
@@ -14,32 +14,14 @@ from hypothesis import strategies as st
 
 import datasets
 from config import ROOT, InputError
-from datasets import (
-    IGNORE_INDEX,
-    PairsDataset,
-    SonnetsDataset,
-    continuation,
-    make_pairs,
-    note_repeated_texts,
-    prompt,
-    read_pairs,
-    read_sonnets,
-    read_text,
-    sonnet_prompt,
-    verse_lines,
-)
+from datasets import PairsDataset, SonnetsDataset, read_pairs, read_sonnets
 
 HEADER = "\tid\tsentence1\tsentence2\tis_duplicate\n"
 TABLE = HEADER + "0\ta\tWhat is rice?\tWhat's rice?\t1.0\n1\tb\tWhy so?\tWhere?\t0.0\n"
 PAIRS = [["a", "What is rice?", "What's rice?", 1.0], ["b", "Why so?", "Where?", 0.0]]
 NUMBERED = "THE SONNETS\n\n1\n\nFrom fairest,\n  That thereby\n\n 2\n\nWhen forty\n\n"
-generated = settings(
-    max_examples=100,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+shared = [HealthCheck.function_scoped_fixture]
+generated = settings(deadline=None, database=None, derandomize=True, suppress_health_check=shared)
 
 
 @pytest.fixture
@@ -55,31 +37,18 @@ def read(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("split", ["train", "dev", "test"])
-def test_bundled_sonnets_are_complete(split):
-    """Sonnets 1 to 154: 99 and 126 have 15 and 12 lines, and only couplets are indented."""
-    sonnets = read_sonnets(ROOT / "data" / f"Shakespeare_Sonnets_{split}.csv")
-    numbers = {"train": range(1, 132), "dev": range(132, 144), "test": range(144, 155)}[split]
-    assert sonnets["id"].tolist() == list(numbers)
-    for number, text in zip(sonnets["id"], sonnets["text"], strict=True):
-        assert len(verse_lines(text)) == {99: 15, 126: 12}.get(number, 14)
-        assert sonnet_prompt(text) + continuation(text) == text
-
-
 def test_prompt_and_continuation():
-    assert sonnet_prompt("one\n\ntwo\nthree\nfour\n  five") == "one\ntwo\nthree\n"
-    assert continuation("one\n\ntwo\nthree\nfour\n  five\n") == "four\n  five"
-    assert continuation("one\ntwo\nthree\n") == ""
+    text = "one\n\ntwo\nthree\nfour\n  five\n"
+    assert datasets.sonnet_prompt(text) == "one\ntwo\nthree\n"
+    assert datasets.continuation(text) == "four\n  five"
 
 
 EDITORS = {
     "as is": str.encode,
     "CRLF": lambda text: text.replace("\n", "\r\n").encode(),
     "CR": lambda text: text.replace("\n", "\r").encode(),
-    "mixed": lambda text: text.replace("\n", "\r\n", 1).encode(),
     "BOM": lambda text: text.encode("utf-8-sig"),
-    "no line end": lambda text: text.rstrip("\n").encode(),
-    "blank lines": lambda text: (text + "\n\n").encode(),
+    "mixed": lambda text: (text.rstrip("\n").replace("\n", "\r\n", 1) + "\n\n").encode(),
 }
 
 
@@ -94,81 +63,59 @@ def test_what_editors_do_to_a_file_is_undone(read, capsys, encode):
     assert read(encode(TABLE)) == PAIRS
 
 
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        (re.sub(r"(?m)^[^\t]*\t", "", TABLE), PAIRS),  # without the index column
-        (TABLE.replace(".0\n", "\n"), PAIRS),
-        (re.sub(r"\t(a|b|[01].0)\b", "\t \\1 ", TABLE), PAIRS),
-        (re.sub(r"([^\t\n]+)", r'"\1"', TABLE), PAIRS),
-        ("line\tid\tsentence1\tx\tsentence2\tx\n7\ta\ty\t8\tNA\t9\n", [["a", "y", "NA", None]]),
-        (HEADER + "0\ta\t  x\ty \t\n", [["a", "  x", "y ", None]]),
-        (HEADER + '0\ta\t"x\n\nz"\ty\t1\n', [["a", "x\n\nz", "y", 1.0]]),
-        # The course's files quote a text with quotes twice.
-        (HEADER + '0\ta\t"""What is """"x""""?"""\ty\t1\n', [["a", 'What is "x"?', "y", 1.0]]),
-        # One stray quote shows that the quotes of this file are characters.
-        (
-            HEADER + '0\ta\t"x?\tis "y"?\t1\n1\tb\t"z\tw\t0\n',
-            [["a", '"x?', 'is "y"?', 1.0], ["b", '"z', "w", 0.0]],
-        ),
-        (HEADER + f"0\ta\t{'x' * 200_000}\ty\t1\n", [["a", "x" * 200_000, "y", 1.0]]),
-    ],
-)
+STRAY = '0\ta\t"x?\tis "y"?\t1\n1\tb\t"z\tw\t0\n'  # its quotes are characters
+EXACT = [
+    (re.sub(r"(?m)^[^\t]*\t", "", TABLE), PAIRS),  # without the index column
+    (re.sub(r"\t(a|b|[01])([.]0)?(?=\s)", "\t \\1 ", TABLE), PAIRS),  # spaces; labels without .0
+    (re.sub(r"([^\t\n]+)", r'"\1"', TABLE), PAIRS),
+    ("line\tid\tsentence1\tx\tsentence2\tx\n7\ta\ty\t8\tNA\t9\n", [["a", "y", "NA", None]]),
+    (HEADER + '0\ta\t"  x\n\nz"\ty \t\n', [["a", "  x\n\nz", "y ", None]]),
+    # The course's files quote a text with quotes twice.
+    (HEADER + '0\ta\t"""Is """"x""""?"""\ty\t1\n', [["a", 'Is "x"?', "y", 1.0]]),
+    (HEADER + STRAY, [["a", '"x?', 'is "y"?', 1.0], ["b", '"z', "w", 0.0]]),
+    (HEADER + f"0\ta\t{'x' * 200_000}\ty\t1\n", [["a", "x" * 200_000, "y", 1.0]]),
+]
+
+
+@pytest.mark.parametrize(("content", "expected"), EXACT)
 def test_pairs_are_exact(read, content, expected):
     """Index column, spaces, quoting, other columns, missing labels, long fields."""
     assert read(content) == expected
 
 
-BROKEN_PAIRS = {
-    "empty": ("", "no column id, sentence1, sentence2"),
-    "missing column": ("id\tsentence1\n1\tx\n", "no column sentence2"),
-    "column twice": ("id\tsentence1\tsentence1\tsentence2\n1\tx\ty\tz\n", "no column sentence1"),
-    "commas": ("id,sentence1,sentence2\n1,x,y\n", "no column id"),
-    "too many fields": (TABLE + "2\tc\tx\ty\tz\t1\n", "line 4: 6 fields; the header has 5"),
-    "too few fields": (TABLE + "2\tc\tx\ty\n", "line 4: 4 fields; the header has 5"),
-    "open quote": (TABLE + '2\tc\t"x\nx"\ty\t1\n3\td\t"x\ty\t1\n', "line 6: .*quote"),
-    "quote that swallows": (HEADER + '0\ta\t"x\ty\t1\n1\tb\tx"\ty\t0\n2\tc\t"z\nz"\ty\t0\n', "line 3"),
-    "tab in quotes": (HEADER + '0\ta\t"x\tz"\ty\t1\n', "line 2: a field contains a tab"),
-    "label": (TABLE + "2\tc\tx\ty\tyes\n", "line 4: label is 'yes'"),
-    "label nan": (TABLE + "2\tc\tx\ty\tnan\n", "line 4: label is 'nan'"),
-    "no id": (HEADER + "0\t \tx\ty\t1\n", "line 2: id is ''"),
-    "comma in an id": (HEADER + "0\ta,b\tx\ty\t1\n", "line 2: id is 'a,b'"),
-    "id twice": (TABLE + "2\ta\tx\ty\t1\n", "the id a occurs more than once"),
-    "UTF-16": (TABLE.encode("utf-16"), "not UTF-8 .byte 0"),
-    "UTF-16 without a mark": (TABLE.encode("utf-16-le"), "NUL bytes"),
-    "Latin-1": (HEADER.encode() + b"0\ta\tcaf\xe9\ty\t1\n", "not UTF-8 .byte 44"),
-}  # fmt: skip
-BROKEN_SONNETS = {
-    "empty": ("", "contains no sonnet"),
-    "no number": ("From fairest\n", "contains no sonnet"),
-    "no lines": ("1\n\na b\n\n2\n", "sonnet 2 is empty"),
-    "number twice": ("1\na\n1\nb\n", "the id 1 occurs more than once"),
-    "NUL": ("1\na\0b\n", "NUL bytes"),
-    "csv: columns": ("number,poem\n1,a\n", "no column id, text"),
-    "csv: header alone": ("id,text\n", "contains no sonnet"),
-    "csv: number": ("id,text\n1,a\none,b\n", "line 3: id is 'one'"),
-    "csv: open quote": ('id,text\n1,"a\nb\n', "line 3: .*quote"),
-    "csv: fields": ("id,text\n1,a,b\n", "line 2: 3 fields"),
-}
+BROKEN = [
+    ("pairs.csv", "", "no column id, sentence1, sentence2"),
+    ("pairs.csv", "id\tsentence1\tsentence1\tsentence2\n1\tx\ty\tz\n", "no column sentence1"),
+    ("pairs.csv", "id,sentence1,sentence2\n1,x,y\n", "no column id"),
+    ("pairs.csv", TABLE + "2\tc\tx\ty\tz\t1\n", "line 4: 6 fields; the header has 5"),
+    ("pairs.csv", TABLE + "2\tc\tx\ty\n", "line 4: 4 fields; the header has 5"),
+    ("pairs.csv", TABLE + '2\tc\t"x\nx"\ty\t1\n3\td\t"x\ty\t1\n', "line 6: .*quote"),
+    ("pairs.csv", HEADER + '0\ta\t"x\ty\t1\n1\tb\tx"\ty\t0\n2\tc\t"z\nz"\ty\t0\n', "line 3: "),
+    ("pairs.csv", HEADER + '0\ta\t"x\tz"\ty\t1\n', "line 2: a field contains a tab"),
+    ("pairs.csv", TABLE + "2\tc\tx\ty\tyes\n", "line 4: label is 'yes'"),
+    ("pairs.csv", TABLE + "2\tc\tx\ty\tnan\n", "line 4: label is 'nan'"),
+    ("pairs.csv", HEADER + "0\t \tx\ty\t1\n", "line 2: id is ''"),
+    ("pairs.csv", HEADER + "0\ta,b\tx\ty\t1\n", "line 2: id is 'a,b'"),
+    ("pairs.csv", TABLE + "2\ta\tx\ty\t1\n", "the id a occurs more than once"),
+    ("pairs.csv", TABLE.encode("utf-16"), "not UTF-8 .byte 0"),
+    ("pairs.csv", TABLE.encode("utf-16-le"), "NUL bytes"),
+    ("sonnets.txt", "From fairest\n", "contains no sonnet"),
+    ("sonnets.txt", "1\n\na b\n\n2\n", "sonnet 2 is empty"),
+    ("sonnets.txt", "1\na\n1\nb\n", "the id 1 occurs more than once"),
+    ("sonnets.txt", b"1\ncaf\xe9\n", "not UTF-8 .byte 5"),
+    ("sonnets.csv", "number,poem\n1,a\n", "no column id, text"),
+    ("sonnets.csv", "id,text\n", "contains no sonnet"),
+    ("sonnets.csv", "id,text\n1,a\none,b\n", "line 3: id is 'one'"),
+    ("sonnets.csv", 'id,text\n1,"a\nb\n', "line 3: .*quote"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [("pairs.csv", *case) for case in BROKEN_PAIRS.values()]
-    + [(f"sonnets.{'csv' if 'csv' in kind else 'txt'}", *BROKEN_SONNETS[kind]) for kind in BROKEN_SONNETS],
-    ids=[*BROKEN_PAIRS, *BROKEN_SONNETS],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "content", "message"), BROKEN)
 def test_broken_files_are_named(read, name, content, message):
     """The message names the file, the line if there is one, and what is wrong; it stays short."""
     with pytest.raises(InputError, match=rf"{name}.*{message}") as caught:
         read(content, name)
     assert len(str(caught.value)) < 600
-
-
-def test_a_missing_file_is_named(tmp_path):
-    for path in (tmp_path / "absent.csv", tmp_path):
-        with pytest.raises(InputError, match=re.escape(f"{path} cannot be read")):
-            read_text(path)
 
 
 PIECES = ['"', '""', "'", " ", ",", "\\", "#", "NA", "1.0", "é", "😀", "\ufeff", "\u2028", "\x0c"]
@@ -227,27 +174,11 @@ def test_damaged_tables_lose_no_character(read, records, data):
     assert characters[0] == characters[1]
 
 
-@generated
-@given(
-    content=st.binary(max_size=200)
-    | st.lists(LINES | st.sampled_from(["\t", "1", "id,text"])).map("\n".join)
-)
-@pytest.mark.parametrize("name", ["pairs.csv", "sonnets.csv", "sonnets.txt"])
-def test_any_file_is_read_or_an_input_error(read, name, content):
-    try:
-        assert all(read(content, name))
-    except InputError as error:
-        assert name in str(error)
+VERSES = LINES.filter(lambda t: t.strip() and not re.search(r"(?m)^[ \t]*\d+[ \t]*$", t))
 
 
 @generated
-@given(
-    texts=st.lists(
-        LINES.filter(lambda t: t.strip() and not re.search(r"(?m)^[ \t]*\d+[ \t]*$", t)),
-        min_size=1,
-        max_size=4,
-    )
-)
+@given(texts=st.lists(VERSES, min_size=1, max_size=4))
 def test_sonnets_are_read_back_from_both_formats(read, texts):
     """But for blanks at the ends of lines and blank lines at the ends of a text."""
     file = io.StringIO()
@@ -268,7 +199,7 @@ def test_labels_are_the_next_tokens(gpt):
     encoded = gpt.encode([TEXTS[1], TEXTS[0]])
     for inputs, labels, ids in zip(batch["input_ids"], batch["labels"], encoded, strict=True):
         assert inputs[: len(ids)].tolist() == ids
-        padding = [IGNORE_INDEX] * (len(labels) - len(ids))
+        padding = [-100] * (len(labels) - len(ids))
         assert labels.tolist() == [*ids[1:], gpt.end_of_text, *padding]
     assert data.num_targets([1, 0]) == sum(map(len, encoded))
     long = pd.DataFrame({"id": [7, 8], "text": ["z" * 64, "z" * 65]})
@@ -281,35 +212,32 @@ SENTENCES = [("winters", "we desire"), ("z", "fairest creatures we desire"), ("B
 
 
 def frame(sentences, labels):
-    return (
-        make_pairs(sentences)
-        .assign(label=labels, index=range(2, 2 + len(sentences)))
-        .set_index("index")
-    )
+    lines = pd.RangeIndex(2, 2 + len(sentences))
+    return datasets.make_pairs(sentences).assign(label=labels).set_index(lines)
+
+
+@pytest.fixture
+def long(gpt):
+    """128 positions; the prompt does not fit into 64."""
+    gpt.config = dataclasses.replace(gpt.config, n_positions=128)
+    return gpt
 
 
 @pytest.mark.parametrize("encoding", ["joint", "separate"])
-def test_masks_mark_the_tokens_of_pairs(gpt, monkeypatch, encoding):
+def test_masks_mark_the_tokens_of_pairs(long, encoding):
     """joint: one prompt; separate: two texts, each with the end-of-text token."""
-    monkeypatch.setattr(
-        gpt, "config", gpt.config.__class__(**vars(gpt.config) | {"n_positions": 128})
-    )
-    data = PairsDataset(frame(SENTENCES, [0.0, 1.0, 1.0]), gpt, encoding)
-    batch = data.collate([2, 0])
-    texts = [[prompt(*SENTENCES[index])] for index in (2, 0)]
+    data = PairsDataset(frame(SENTENCES, [0.0, 1.0, 1.0]), long, encoding)
+    batch, width = data.collate([2, 0]), max(data.lengths[2], data.lengths[0])
+    texts, end = [datasets.prompt(*SENTENCES[2]), datasets.prompt(*SENTENCES[0])], []
     if encoding == "separate":
-        texts = [SENTENCES[index] for index in (2, 0)]
-    shape = (2, 2, -1) if encoding == "separate" else (2, -1)
-    assert batch["input_ids"].shape == batch["input_ids"].view(shape).shape
-    rows = zip(
-        batch["input_ids"].flatten(0, -2), batch["attention_mask"].flatten(0, -2), strict=True
-    )
-    found = [ids[mask.bool()].tolist() for ids, mask in rows]
-    end = [gpt.end_of_text] if encoding == "separate" else []
-    assert found == [ids + end for pair in texts for ids in gpt.encode(list(pair))]
-    assert batch["attention_mask"].flatten(0, -2).diff().le(0).all()  # padding is on the right
+        texts, end = [*SENTENCES[2], *SENTENCES[0]], [long.end_of_text]
+    assert batch["input_ids"].shape == ((2, 2, width) if end else (2, width))
+    ids, mask = (batch[name].view(-1, width) for name in ("input_ids", "attention_mask"))
+    found = [row[row_mask.bool()].tolist() for row, row_mask in zip(ids, mask, strict=True)]
+    assert found == [row + end for row in long.encode(texts)]
+    assert mask.diff().le(0).all()  # padding is on the right
     assert batch["labels"].tolist() == [1, 0]
-    assert data.num_tokens([2, 0]) == batch["attention_mask"].sum()
+    assert data.num_tokens([2, 0]) == mask.sum()
 
 
 def test_incomplete_pairs_are_skipped_by_line(gpt):
@@ -324,29 +252,27 @@ def test_incomplete_pairs_are_skipped_by_line(gpt):
 
 
 @pytest.mark.parametrize("encoding", ["joint", "separate"])
-def test_long_pairs_keep_a_share_of_both_texts(gpt, monkeypatch, encoding):
+def test_long_pairs_keep_a_share_of_both_texts(long, encoding):
     """The report cut the prompt's end, and with it the second text."""
-    monkeypatch.setattr(
-        gpt, "config", gpt.config.__class__(**vars(gpt.config) | {"n_positions": 128})
-    )
     pairs = [("a " * 300, "b " * 300), ("a", "b " * 300), ("a", "b")]
-    data = PairsDataset(frame(pairs, 1.0), gpt, encoding)
+    data = PairsDataset(frame(pairs, 1.0), long, encoding)
     assert data.truncated_lines == [2, 3]
     assert max(data.lengths) <= 128
-    for index, least in ((0, 10), (1, 1)):
-        text = "".join(gpt.decode(ids.tolist()) for ids in data.texts[index])
-        assert text.count("a ") + text.count('a"') + (index and encoding == "separate") >= least
+    for texts in data.texts[:2]:
+        text = "".join(long.decode(ids.tolist()) for ids in texts)
+        assert re.search("(a | b|ab)", text)
         assert text.count("b ") >= 10
         assert encoding == "separate" or text.endswith("the same thing?\n")
+    first = "".join(long.decode(ids.tolist()) for ids in data.texts[0])
+    assert first.count("a ") >= 10
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 131, 200])
 def test_batches_are_a_partition_of_similar_lengths(gpt, batch_size):
     """A function of seed and epoch alone, which a resumed run repeats."""
     data = SonnetsDataset(pd.DataFrame({"id": [1], "text": ["a"]}), gpt)
-    data.lengths = torch.randint(
-        1, 200, (131,), generator=torch.Generator().manual_seed(0)
-    ).tolist()
+    generator = torch.Generator().manual_seed(0)
+    data.lengths = torch.randint(1, 200, (131,), generator=generator).tolist()
     batches = data.batches(batch_size, 3, 0)
     assert sorted(index for batch in batches for index in batch) == list(range(131))
     assert sorted(map(len, batches))[1:] == [batch_size] * (len(batches) - 1)
@@ -354,23 +280,19 @@ def test_batches_are_a_partition_of_similar_lengths(gpt, batch_size):
     assert data.batches(batch_size, 3, 0) == batches
     if batch_size == 8:
         assert data.batches(8, 3, 1) != batches != data.batches(8, 4, 0)
-        spread = [
-            max(data.lengths[i] for i in b) - min(data.lengths[i] for i in b) for b in batches
-        ]
-        assert sum(spread) / len(spread) < 40  # of 199
+        lengths = [sorted(data.lengths[index] for index in batch) for batch in batches]
+        assert sum(one[-1] - one[0] for one in lengths) / len(lengths) < 40  # of 199
 
 
 def test_texts_in_two_splits_are_noted(capsys):
     """Swapped, in another case and in quotes, but not if one text differs."""
-    train = [["What is rice?", "Why so?"], ["a", "b"]]
-    note_repeated_texts(
-        {"train": train, "dev": [['"WHY so"', "what is  rice"]], "test": [["a", "c"]]}
-    )
+    train, dev = [["What is rice?", "Why so?"], ["a", "b"]], [['"WHY so"', "what is  rice"]]
+    datasets.note_repeated_texts({"train": train, "dev": dev, "test": [["a", "c"]]})
     assert capsys.readouterr().out == "note: 1 texts of dev also occur in train\n"
 
 
 def test_importing_has_no_side_effect():
-    """Neither output nor a change of csv's limit, which other code may rely on."""
-    code = "import csv; a = csv.field_size_limit(); import datasets; print(a == csv.field_size_limit())"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (result.stdout, result.stderr) == ("True\n", "")
+    """At the top level there are imports, constants, functions and classes."""
+    tree = ast.parse((ROOT / "datasets.py").read_text(encoding="utf-8"))
+    statements = {type(node) for node in tree.body[1:]}
+    assert statements <= {ast.Import, ast.ImportFrom, ast.Assign, ast.FunctionDef, ast.ClassDef}

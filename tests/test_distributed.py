@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import SCRIPTS, arguments, make_files, run
+from small_runs import arguments, make_files, run
 
 from config import ROOT, InputError
 from training import distributed
@@ -31,7 +31,7 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-def test_two_processes_resume_and_take_the_steps_of_one(tmp_path, monkeypatch):
+def test_two_processes_resume_and_take_the_steps_of_one(tmp_path):
     """Batches of four and of one sonnet, in micro-batches: the second process has none of the last.
 
     Only the main process prints and writes. A key's bias is compared no closer: it moves all scores
@@ -49,7 +49,6 @@ def test_two_processes_resume_and_take_the_steps_of_one(tmp_path, monkeypatch):
     for line in ("epoch  1/2", "epoch  2/2", "--resume:"):
         assert result.stdout.count(line) == 1
 
-    monkeypatch.setattr("training.setup.draw_curves", lambda *_: None)
     run(files, "sonnets-full", tmp_path / "one", *more)
     tables = [pd.read_csv(tmp_path / name / "steps.csv") for name in ("one", "two")]
     pd.testing.assert_frame_equal(*tables, rtol=1e-5)
@@ -84,21 +83,3 @@ def test_micro_batches_are_a_partition(monkeypatch, processes, count):
         assert len(shares[0]) <= count
         indices = [index for share in shares for part in share for index in part]
         assert sorted(indices) == list(range(size))
-
-
-def test_an_error_of_the_main_process_reaches_all(monkeypatch):
-    """Otherwise the others would wait for it."""
-
-    def make():
-        raise InputError("a full folder")
-
-    sent = []
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "rank", lambda: 0)
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", sent.append)
-    with pytest.raises(InputError, match="a full folder"):
-        distributed.from_main(make)
-    assert [type(error) for [error] in sent] == [InputError]
-    monkeypatch.setattr(distributed, "rank", lambda: 1)
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda v: v.__setitem__(0, 3))
-    assert distributed.from_main(make) == 3
