@@ -64,7 +64,7 @@ def command(task, given):
 def run(root, kind, out, *more):
     """Train without plots, which take longer than all the rest; returns the folder of the run."""
     task = kind.split("-")[0]
-    plots = ["sonnet_generation.draw_curves", "paraphrase_detection.draw_curves"]
+    plots = ["training.setup.draw_curves"]
     with contextlib.ExitStack() as stack:
         for name in (*plots, "paraphrase_detection.draw_attention"):
             stack.enter_context(mock.patch(name))

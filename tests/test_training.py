@@ -17,7 +17,7 @@ from lora import apply_lora
 from models.sonnet_gpt import SonnetGPT
 from speed.training import speed_up
 from training import loop
-from training.loop import Task, Trainer, learning_rate, make_optimizer, to_device
+from training.loop import Task, Trainer, learning_rate, make_optimizer
 from training.options import Hardware
 from training.runs import Run
 
@@ -281,15 +281,6 @@ def test_a_step_reads_nothing_from_the_device(files, tmp_path, monkeypatch, kind
     for _ in range(2):
         trainer.take_step([0, 1, 2], 0.1)
     assert [tuple(numbers.shape) for _, numbers in trainer.unread] == [(2,), (2,)]
-
-
-def test_copies_to_a_gpu_do_not_wait(monkeypatch):
-    """From pageable memory, the host would wait although non_blocking is set."""
-    calls = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pin") or self)
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, *given, **more: calls.append(more))
-    to_device(torch.ones(1), torch.device("cuda"))
-    assert calls == ["pin", {"non_blocking": True}]
 
 
 def test_a_state_of_another_model_is_rejected(tmp_path):
