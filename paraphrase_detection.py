@@ -58,7 +58,7 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     for split in SPLITS[1:]:
         path = f"predictions/para-{split}-output.csv"
         add(f"--para_{split}_out", default=path, metavar="FILE", help=f"predictions of {split}")
-    text = "no training: classify dev and test pairs with a run's best/"
+    text = "no training: classify dev and test pairs, or only a given file, with a run's best/"
     add("--predict", metavar="DIR", help=text)
     text = "two texts for --predict, instead of files; can be repeated"
     add("--pair", nargs=2, action="append", metavar="TEXT", help=text)
@@ -80,12 +80,13 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
 
 
 def choose_files(options: Namespace) -> None:
-    """Set the files that were not given; raises InputError if only some were."""
+    """Set the files that were not given; raises InputError if only some are for training."""
     values = vars(options)
     missing = [split for split in SPLITS if values[f"para_{split}"] is None]
-    if options.predict or options.score:
-        missing = []
-    if options.dataset is None and 0 < len(missing) < len(SPLITS):
+    is_partial = options.dataset is None and 0 < len(missing) < len(SPLITS)
+    if is_partial and options.predict:  # classify only these
+        return
+    if is_partial and not options.score:
         raise InputError(f"--para_{missing[0]} is missing too; or name a --dataset")
     if options.dataset is None:
         options.dataset = "quora" if options.preset == "report" else "verses"
@@ -200,19 +201,19 @@ def join_texts(results: dict[str, pd.DataFrame], pairs: dict[str, pd.DataFrame])
 
 def format_predictions(
     options: Namespace, datasets: dict[str, PairsDataset], logits: dict[str, Tensor]
-) -> dict[str, str]:
-    """Text by path of dev and test predictions, in the course's format: every id and 0 or 1.
+) -> dict[str, tuple[str, str]]:
+    """Path and text of dev and test predictions, in the course's format: every id and 0 or 1.
 
-    A skipped pair gets the majority class of the dev pairs.
+    A skipped pair gets the majority class of the dev pairs, or 0.
     """
-    majority = int(datasets["dev"].labels.float().mean() > 0.5)
-    outputs = {}
-    for split in SPLITS[1:]:
-        dataset = datasets[split]
+    majority, outputs = 0, {}
+    if "dev" in datasets:
+        majority = int(datasets["dev"].labels.float().mean() > 0.5)
+    for split, dataset in datasets.items():
         answers = dict(zip(dataset.ids, logits[split].argmax(1).tolist(), strict=True))
         lines = [f"{name}, {answers.get(name, majority)} \n" for name in dataset.all_ids]
-        path = vars(options)[f"para_{split}_out"]
-        outputs[path] = "id \t Predicted_Is_Paraphrase \n" + "".join(lines)
+        text = "id \t Predicted_Is_Paraphrase \n" + "".join(lines)
+        outputs[f"para-{split}-output.csv"] = vars(options)[f"para_{split}_out"], text
     return outputs
 
 
@@ -235,19 +236,21 @@ def score(options: Namespace) -> dict[str, float]:
 
 
 def predict_only(options: Namespace, hardware: opt.Hardware) -> None:
-    """Classify --pair, or else dev and test pairs, with a saved model."""
+    """Classify --pair, or else the given files or dev and test pairs, with a saved model."""
     distributed.shutdown()  # one process is enough
     model = ParaphraseGPT.from_pretrained(options.predict).to(hardware.device)
     if options.pair:
         answer_pairs(options.pair, model, hardware)
         return
-    pairs = {split: read_split(options, split) for split in SPLITS[1:]}
+    splits = [split for split in SPLITS[1:] if vars(options)[f"para_{split}"]]
+    pairs = {split: read_split(options, split) for split in splits}
     datasets = {split: make_dataset(model, split, frame) for split, frame in pairs.items()}
     metrics, logits, _ = evaluate(model, datasets, hardware)
-    for path, text in format_predictions(options, datasets, logits).items():
+    for path, text in format_predictions(options, datasets, logits).values():
         write_text(path, text)
         print(f"predictions: {path}")
-    print(metrics_table(metrics))
+    if metrics:
+        print(metrics_table(metrics))
 
 
 def answer_pairs(pairs: list[list[str]], model: ParaphraseGPT, hardware: opt.Hardware) -> None:

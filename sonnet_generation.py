@@ -105,10 +105,10 @@ def main(options: Namespace) -> None:
         if split in held_out:
             metrics |= sonnet_metrics(split, texts[split], frame["text"], sonnets["train"]["text"])
     dev_out = Path(options.sonnet_out).with_name("generated_dev_sonnets.txt")
-    outputs = {
-        options.sonnet_out: format_sonnets(sonnets["test"], texts["test"], options.max_lines),
-        str(dev_out): format_sonnets(sonnets["dev"], texts["dev"], options.max_lines),
-    }
+    test_text = format_sonnets(sonnets["test"], texts["test"], options.max_lines)
+    dev_text = format_sonnets(sonnets["dev"], texts["dev"], options.max_lines)
+    outputs = {"generated_sonnets.txt": (options.sonnet_out, test_text)}
+    outputs["generated_dev_sonnets.txt"] = str(dev_out), dev_text
     print(f"\n{preview(sonnets['test'], texts['test'], options.max_lines)}")
     usage = f'python sonnet_generation.py --generate {run.shown}/best --prompt "Shall I"'
     finish_run(run, task, epochs, Results(metrics, losses, outputs, usage))

@@ -83,5 +83,5 @@ def outcome(out):
     summary = json.loads(contents["summary.json"])
     contents["summary.json"] = {name: summary[name] for name in summary.keys() - set(TIMES)}
     card = contents["best/README.md"].decode().replace(str(out), "RUN")
-    contents["best/README.md"] = re.sub(rf"\| ({'|'.join(TIMES)}) \|.*", "", card)
+    contents["best/README.md"] = re.sub(rf"\| ({'|'.join(TIMES)}) +\|.*", "", card)
     return contents

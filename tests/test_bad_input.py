@@ -78,7 +78,7 @@ OPTIONS = [
     ("paraphrases", "--attention_penalty=1", "--attention_penalty needs --pooling multihead"),
     ("paraphrases", "--pooling=multihead --vector_penalty=nan", "a penalty must be"),
     ("paraphrases", "--use_lora --freeze_gpt", "--use_lora trains GPT-2 and --freeze_gpt does not"),
-    ("paraphrases", "--para_train=absent.csv", "absent.csv does not exist; check the path"),
+    ("paraphrases", "--para_train=absent.csv", "absent.csv cannot be read .* check the path"),
     ("paraphrases", "--para_test={}/file", "file has no column id, sentence1, sentence2"),
     ("paraphrases", "--para_test={}/badlabel.csv", "badlabel.csv, line 2: label is '2'; write 0"),
     ("paraphrases", "--para_dev={}/nolabels.csv", "nolabels.csv has no labels in is_duplicate"),
@@ -122,9 +122,11 @@ def test_incomplete_data_sets(tmp_path, monkeypatch, capsys):
     """A set is not completed with the files of another."""
     monkeypatch.setattr(SCRIPTS["paraphrases"], "ROOT", tmp_path)
     for given, message in (
-        ("--dataset=quora", r"quora-train.csv does not exist; .* data/README.md for the script"),
-        ("--para_train=x", "--para_dev, --para_test is missing too; or name a --dataset"),
-        ("--predict=x --para_test=y", "--para_dev is missing too"),
+        (
+            "--dataset=quora",
+            r"quora-train.csv does not exist; python data/download_quora.py makes it",
+        ),
+        ("--para_train=x", "--para_dev is missing too; or name a --dataset"),
     ):
         assert re.match(f"error: .*{message}", stop("paraphrases", given.split(), capsys)[1])
 

@@ -242,6 +242,7 @@ class Trainer:
             self.progress = Progress(**state["progress"])
         except Exception as error:  # a state of anything else raises almost anything
             raise InputError(f"the state in {self.run.folder} does not fit ({error})") from error
+        print(f"--resume: continues after {len(self.progress.steps)} steps")
         if self.progress.step == 0:  # it may have been killed before best/ was written
             self.save_best()
         return self.progress

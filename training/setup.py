@@ -93,18 +93,18 @@ class Results:
 
     metrics: dict[str, Any]
     per_text: pd.DataFrame  # results of single texts
-    outputs: dict[str, str]  # path -> text; the run's predictions/ get a copy
+    outputs: dict[str, tuple[str, str]]  # name in predictions/ -> path of a copy, and the text
     usage: str  # the command that uses the model
 
 
 def finish_run(run: Run, task: Task, epochs: list[dict[str, Any]], results: Results) -> None:
     """Write results, summary.json, plots and the README of the best model, and print metrics."""
     summary = run.summary | summarize(epochs, task.metric) | results.metrics
-    for path, text in results.outputs.items():
-        write_text(run.folder / "predictions" / Path(path).name, text)
+    for name, (_, text) in results.outputs.items():
+        write_text(run.folder / "predictions" / name, text)
     write_csv(run.folder / "per_text.csv", results.per_text)
     write_json(run.folder / "summary.json", summary)
-    for path, text in results.outputs.items():
+    for path, text in results.outputs.values():
         write_text(path, text)
     if epochs:
         table = pd.Series(summary, name="value").rename_axis("metric").to_markdown()
@@ -112,7 +112,8 @@ def finish_run(run: Run, task: Task, epochs: list[dict[str, Any]], results: Resu
         write_text(run.best / "README.md", f"{title}\n\n    {results.usage}\n\n{table}\n")
         draw_curves(run.folder, run.title, summary.get("base_dev_loss"))
         print(f"\nnext: {results.usage}")
-    print(f"\n{metrics_table(results.metrics)}\n\npredictions: {', '.join(results.outputs)}")
+    paths = ", ".join(path for path, _ in results.outputs.values())
+    print(f"\n{metrics_table(results.metrics)}\n\npredictions: {paths}")
     print(f"metrics, plots and best model: {run.shown}")
 
 
