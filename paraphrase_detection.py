@@ -106,12 +106,7 @@ def main(options: Namespace) -> None:
         return
 
     # Data, model and method
-    settings = {name: vars(options)[name] for name in PENALTIES if vars(options)[name] is not None}
-    if (Path(options.model_size) / HEAD_FILE).is_file():  # a run's best/ is trained further
-        model = ParaphraseGPT.from_pretrained(options.model_size)
-    else:
-        gpt = load_model(options.model_size)
-        model = ParaphraseGPT(gpt, options.pooling, options.pair_encoding, **settings)
+    model = load_classifier(options)
     prepare(model, options, hardware)
     pairs = {split: read_split(options, split) for split in SPLITS}
     texts = {s: frame[["sentence1", "sentence2"]].values.tolist() for s, frame in pairs.items()}
@@ -146,6 +141,15 @@ def main(options: Namespace) -> None:
         write_csv(run.folder / "attention.csv", weights)
         title = f"token weights of {variant[0]} pooling"
         draw_attention(run.folder / "attention.png", weights, title)
+
+
+def load_classifier(options: Namespace) -> ParaphraseGPT:
+    """A new classifier on a GPT-2, or that of a run's best/, which is trained further."""
+    if (Path(options.model_size) / HEAD_FILE).is_file():
+        return ParaphraseGPT.from_pretrained(options.model_size)
+    settings = {name: vars(options)[name] for name in PENALTIES if vars(options)[name] is not None}
+    gpt = load_model(options.model_size)
+    return ParaphraseGPT(gpt, options.pooling, options.pair_encoding, **settings)
 
 
 def read_split(options: Namespace, split: str) -> pd.DataFrame:

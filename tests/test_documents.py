@@ -5,13 +5,13 @@ import shutil
 import tokenize
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from benchmarks import documents
-from benchmarks.documents import differing_pairs, include_tables
+from benchmarks.documents import include_tables
 
 ROOT = Path(__file__).resolve().parent.parent
+CODE = ("modules", "models", "speed", "training", "evaluation")
 DOCUMENTS = pytest.mark.parametrize("name", ["README.md", "RESULTS.md"])
 
 
@@ -55,22 +55,6 @@ def test_the_overview_is_that_of_the_results(tmp_path, monkeypatch):
     assert (tmp_path / "overview.md").read_text(encoding="utf-8") == committed
 
 
-def test_the_pairs_that_differ_are_those_of_the_stored_runs(tmp_path, monkeypatch):
-    """results/disagreements.md is made from the committed runs."""
-    monkeypatch.setattr(documents, "DISAGREEMENTS", tmp_path / "disagreements.md")
-    documents.write_disagreements()
-    committed = (ROOT / "results" / "disagreements.md").read_text(encoding="utf-8")
-    assert (tmp_path / "disagreements.md").read_text(encoding="utf-8") == committed
-
-
-def test_differing_pairs_by_hand():
-    """Runs of the same seed are not compared: for one pooling, they are the same run."""
-    first = pd.DataFrame([[1, 1, 0], [1, 0, 0]], index=[1, 2])
-    second = pd.DataFrame([[0, 0, 0], [1, 1, 1]], index=[2, 1])
-    assert differing_pairs(first, first) == 1
-    assert differing_pairs(first, second) == (2 + 2) / 2
-
-
 def test_outputs_are_of_the_commands():
     """README.md shows each command and, copied from its file, what it printed."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -84,9 +68,7 @@ def test_the_tree_of_files_is_complete():
     tree = re.search(r"## Files\n\n```\n(.*?)```", text, flags=re.DOTALL)[1]
     named = set(re.findall(r"\w+\.(?:py|ipynb)|\w+/", tree))
     files = {path.name for path in ROOT.glob("*.py")} | {"walkthrough.ipynb"}
-    folders = {
-        f"{name}/" for name in ("models", "modules", "data", "results", "benchmarks", "tests")
-    }
+    folders = {f"{name}/" for name in (*CODE, "data", "results", "benchmarks", "tests")}
     assert named == files | folders
 
 
@@ -107,7 +89,8 @@ def lines_of_code(path):
 
 def test_the_size_is_counted():
     """The number in README.md's first sentence, rounded to hundreds."""
-    lines = sum(map(lines_of_code, [*ROOT.glob("*.py"), *ROOT.glob("mod*/*.py")]))
+    paths = [*ROOT.glob("*.py"), *(path for name in CODE for path in ROOT.glob(f"{name}/*.py"))]
+    lines = sum(map(lines_of_code, paths))
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     claimed = int(re.search(r"([\d,]+) lines of Python", text)[1].replace(",", ""))
     assert claimed == round(lines, -2), lines
