@@ -28,8 +28,8 @@ def sonnet_metrics(
 
     The baselines are the references themselves (`gold_`) and the prompts with random lines of
     training sonnets (`random_`). `chrf` is of the lines after the prompt, up to the 14th;
-    `chrf_with_prompt` is the course's metric, in which the given lines count. A last line that was
-    cut off is left out.
+    `chrf_with_prompt` is the course's metric, in which the given lines count. The form leaves out a
+    last line that was cut off.
     """
     generator, references = random.Random(0), list(references)
     pool = [line for text in train for line in verse_lines(text)]
@@ -39,7 +39,7 @@ def sonnet_metrics(
         baseline.append(sonnet_prompt(text) + "\n".join(lines))
     metrics = {f"{split}_ended": float(np.mean([text.ended for text in texts]))}
     finished = [finished_lines(text) for text in texts]
-    limited = [first_lines(text, LINES) for text in finished]
+    limited = [first_lines(text.text, LINES) for text in texts]  # as in the files
     sources = {"": (finished, limited), "gold_": (references,) * 2, "random_": (baseline,) * 2}
     for source, (whole, sonnets) in sources.items():
         targets = references * (len(sonnets) // len(references))

@@ -16,6 +16,7 @@ from config import ROOT
 from datasets import read_pairs, read_sonnets
 from evaluation.metrics import classification_metrics
 from evaluation.sonnet_form import chrf
+from models.adapters import load_model
 from training.options import train_config
 
 SUMMARY = """
@@ -190,6 +191,51 @@ def test_an_adapter_is_trained_further(trained, files, tmp_path, method):
     if method == "lora":
         adapter = json.loads(read(folder / "best" / "adapter_config.json"))
         assert adapter["base_model_name_or_path"] == str(files / "model")
+
+
+@pytest.mark.parametrize("kind", ["paraphrases-full", "paraphrases-lora"])
+def test_a_classifier_is_evaluated_and_trained_further(trained, files, tmp_path, kind):
+    """Its pooling and head come with it: no head of random numbers is evaluated instead."""
+    more = [f"--model_size={trained[kind] / 'best'}", "--pooling=last", "--epochs=0"]
+    summary = summary_of(run(files, kind, tmp_path / "run", *more))
+    assert summary["pooling"] == "generalized"
+    assert summary["dev_loss"] == pytest.approx(summary_of(trained[kind])["dev_loss"], rel=1e-5)
+
+
+def test_the_score_of_a_run_is_that_of_its_summary(trained, files, capsys):
+    """chrF of the saved texts, with and without the given lines."""
+    folder = trained["sonnets-full"]
+    text = folder / "predictions" / "generated_sonnets.txt"
+    given = [
+        f"--{name}={files / 'sonnets.txt'}" for name in ("sonnet_path", "held_out_sonnet_path")
+    ]
+    command("sonnets", [f"--score={text}", *given])
+    table = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[-6:])
+    for name in ("chrf", "chrf_with_prompt"):
+        assert float(table[name]) == pytest.approx(summary_of(folder)[f"test_{name}"], abs=6e-4)
+
+
+def test_a_single_file_is_classified(trained, files, tmp_path, capsys):
+    """--predict with one file reads and writes only that one."""
+    given = [f"--predict={trained['paraphrases-full'] / 'best'}", *FAST]
+    given += [f"--para_test={files / 'pairs.csv'}", f"--para_test_out={tmp_path / 'one.csv'}"]
+    command("paraphrases", given)
+    assert names(tmp_path) == {"one.csv"}
+    assert "dev" not in capsys.readouterr().out
+
+
+def test_the_merged_model_of_the_readme(trained, tmp_path):
+    """The README's code writes a folder that computes what base and adapter compute."""
+    [code] = re.findall(
+        r"```python\n(from lora import merge_lora.*?)```", read(ROOT / "README.md"), re.S
+    )
+    adapter = str(trained["sonnets-lora"] / "best")
+    code = re.sub(r'load_model\(".*?"\)', f"load_model({adapter!r})", code)
+    exec(code.replace('"merged"', repr(str(tmp_path / "merged"))), {})
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        one, other = (load_model(f)(ids) for f in (adapter, tmp_path / "merged"))
+    torch.testing.assert_close(one["last_token"], other["last_token"], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -188,3 +188,23 @@ def test_decoding_gives_the_same_text_and_leaves_the_model_untouched(gpt, ids, l
     assert model.state_dict().keys() == before.keys()
     assert all(map(torch.equal, model.state_dict().values(), before.values()))
     assert all(p.requires_grad == (not lora or ".lora_" in n) for n, p in model.named_parameters())
+
+
+def test_generation_between_steps_leaves_training_usable(gpt, ids):
+    """Sampling during training: frozen layers are cast without a gradient, nothing is frozen."""
+    model = speed_up(apply_lora(SonnetGPT(gpt), LoRAConfig(rank=2)))
+    with torch.autocast("cpu", torch.bfloat16):
+        model.generate(["From"], max_new_tokens=2)
+        model.loss(ids, ids).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_decoding_without_onednn_leaves_the_model_trainable(gpt, monkeypatch):
+    """As on a GPU: the copy is frozen, and the model is not."""
+    monkeypatch.setattr("speed.decoding.onednn_is_available", lambda device_type: False)
+    model = SonnetGPT(gpt.requires_grad_(True))
+    fast = speed_up_decoding(model, torch.float32, 1)
+    settings = {"temperature": 0, "max_new_tokens": 5}
+    assert fast.generate(["From"], **settings) == model.generate(["From"], **settings)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(p.requires_grad for p in fast.parameters())
