@@ -70,7 +70,7 @@ class Trainer:
         config, progress, dataset = self.config, self.progress, self.task.dataset
         step_size = config.batch_size * config.grad_accumulation
         steps_per_epoch = len(dataset.batches(step_size, config.seed, 0))
-        total = config.epochs * steps_per_epoch
+        total, every = config.epochs * steps_per_epoch, config.checkpoint_every
         no_bar = None if distributed.rank() == 0 else True  # None: if there is no terminal
         bar = tqdm(total=total, unit="step", leave=False, disable=no_bar)
         bar.update(len(progress.steps))
@@ -86,15 +86,14 @@ class Trainer:
                 number = epoch * steps_per_epoch + progress.step
                 torch.manual_seed(seed_from(config.seed, number, distributed.rank()))
                 self.take_step(indices, learning_rate(number, total, config))
-                due = progress.step % (config.checkpoint_every or math.inf) == 0
-                if due or progress.step % LOG_INTERVALS[self.device.type] == 0:
+                by_count = every > 0 and progress.step % every == 0
+                if by_count or progress.step % LOG_INTERVALS[self.device.type] == 0:
                     self.read_losses()
                     bar.set_postfix(loss=f"{progress.steps[-1]['loss']:.3f}", refresh=False)
                 bar.update()
                 progress.seconds = time.perf_counter() - started
-                if not config.checkpoint_every:
-                    due = progress.seconds - saved_after > SAVE_SECONDS and not self.unread
-                if due:
+                is_late = progress.seconds - saved_after > SAVE_SECONDS and not self.unread
+                if by_count or (is_late and every == 0):
                     self.save_state()
                     saved_after = progress.seconds
             self.read_losses()
