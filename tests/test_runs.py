@@ -58,7 +58,8 @@ def test_another_run_is_not_resumed(tmp_path, name):
 
 def test_other_code_and_packages_are_noted(tmp_path, monkeypatch, capsys):
     """Such a run continues, and config.json says since when."""
-    config, now = start(tmp_path).config, runs.environment()
+    start(tmp_path)
+    config, now = json.loads((tmp_path / "config.json").read_text()), runs.environment()
     changes = [{"commit": "abc+"}, {"packages": now["packages"] | {"torch": "9"}, "host": "far"}]
     for change in changes:
         monkeypatch.setattr(runs, "environment", lambda change=change: now | change)

@@ -1,10 +1,8 @@
 """The folder of a run: its settings, the resume state, the best model and the results."""
 
 import contextlib
-import errno
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import platform
 import shutil
@@ -25,10 +23,10 @@ PACKAGES = ("torch", "transformers", "numpy", "pandas", "safetensors", "sacreble
 # Data files; they and the model are compared by their contents.
 FILE_OPTIONS = ("sonnet_path", "dev_sonnet_path", "held_out_sonnet_path")
 FILE_OPTIONS += ("para_train", "para_dev", "para_test")
-# Other options that do not change what is trained
-NOT_COMPARED = {"out_dir", "resume", "model_size", "device", "use_gpu", "checkpoint_every"}
-NOT_COMPARED |= {"gradient_checkpointing", "dtype", "sonnet_out", "para_dev_out", "para_test_out"}
-NOT_COMPARED |= set(FILE_OPTIONS)
+# What else does not change what is trained, besides environment()
+NOT_COMPARED = {"options", "resumed", "out_dir", "resume", "model_size", "device", "use_gpu"}
+NOT_COMPARED |= {"checkpoint_every", "gradient_checkpointing", *FILE_OPTIONS}
+NOT_COMPARED |= {"sonnet_out", "para_dev_out", "para_test_out"}
 locks = []  # kept alive, so that they are released when the process ends
 
 
@@ -57,7 +55,10 @@ class Run:
         if path.is_file():
             config = self.continued(json.loads(path.read_text("utf-8")), config)
         write_json(path, config)
-        self.config = config
+        self.best = self.folder / "best"  # the best model
+        absolute = self.folder.resolve()
+        # For the screen: relative to the project if it is inside
+        self.shown = absolute.relative_to(ROOT) if absolute.is_relative_to(ROOT) else self.folder
         self.title = name  # for the screen and plots
         self.summary: dict[str, Any] = {}  # the first entries of summary.json
 
@@ -65,11 +66,10 @@ class Run:
         """--out_dir, or the first free name of name, name-2, ...; --resume: the last used one."""
         if out_dir:
             return Path(out_dir)
-        names = (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
-        used = list(itertools.takewhile(lambda n: (parent / n / "config.json").exists(), names))
-        if self.resume and used:
-            return parent / used[-1]
-        return parent / (f"{name}-{len(used) + 1}" if used else name)
+        folders = [parent / name]
+        while (folders[-1] / "config.json").exists():
+            folders.append(parent / f"{name}-{len(folders) + 1}")
+        return folders[-2] if self.resume and len(folders) > 1 else folders[-1]
 
     def continued(self, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         """The config.json of a resumed run; raises InputError if it is another run.
@@ -78,31 +78,17 @@ class Run:
         """
         if not self.resume:
             raise InputError(f"{self.folder} holds a run: --resume it, or name another --out_dir")
-        now = environment()
-        for name in (old.keys() | new.keys()) - now.keys() - {"options", "resumed"}:
-            if old.get(name) != new.get(name):
-                shown = f"{old.get(name)}, not {new.get(name)}"
-                raise InputError(f"{self.folder} has another {name} ({shown}): cannot resume it")
-        for name, value in new["options"].items():
-            if name not in NOT_COMPARED and old["options"].get(name) != value:
-                shown = f"{old['options'].get(name)}, not {value}"
-                raise InputError(f"{self.folder} has --{name} {shown}: resume with the same")
-        changed = {name: value for name, value in now.items() if old.get(name) != value}
+        # An option of the same name as an input, the dtype, counts by the input.
+        before, now = ({**config["options"], **config} for config in (old, new))
+        different = (name for name, value in now.items() if before.get(name) != value)
+        changed = {name: now[name] for name in different if name not in NOT_COMPARED}
+        for name in changed.keys() - environment().keys():
+            shown = f"{before.get(name)}, not {now[name]}"
+            raise InputError(f"{self.folder} has another {name} ({shown}): cannot resume it")
         if changed:
             print(f"note: resumed with another {', '.join(changed)}")
             old["resumed"] = [*old.get("resumed", []), changed]
         return old
-
-    @property
-    def best(self) -> Path:
-        """The folder of the best model."""
-        return self.folder / "best"
-
-    @property
-    def shown(self) -> Path:
-        """The folder for the screen: relative to the project if it is inside."""
-        path = self.folder.resolve()
-        return path.relative_to(ROOT) if path.is_relative_to(ROOT) else self.folder
 
     def save_best(self, save: Callable[[Path], None]) -> None:
         """Replace best/ by what save(folder) writes."""
@@ -124,9 +110,7 @@ class Run:
         try:
             return torch.load(path, weights_only=True, map_location="cpu")
         except Exception as error:  # unpickling a broken file raises almost anything
-            raise InputError(
-                f"{path} cannot be read ({error!r}); delete it to start over"
-            ) from error
+            raise InputError(f"{path} cannot be read ({error!r}); delete it") from error
 
 
 def lock(folder: Path) -> None:
@@ -138,14 +122,10 @@ def lock(folder: Path) -> None:
     except Timeout:
         config = folder / "config.json"
         host = json.loads(config.read_text("utf-8")).get("host") if config.exists() else "unknown"
-        raise InputError(
-            f"{path} is locked by a process on the host {host}, which writes this run: wait for it"
-        ) from None
-    except (OSError, NotImplementedError) as error:
-        no_locks = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-        if isinstance(error, OSError) and error.errno not in no_locks:
-            raise
-        print(f"note: this disk has no locks; do not start two runs in {folder}")
+        message = f"{path} is locked by a process on the host {host}, which writes this run"
+        raise InputError(f"{message}: wait for it") from None
+    except (OSError, NotImplementedError) as error:  # if nothing can be written, writing says so
+        print(f"note: this disk has no locks; do not start two runs in {folder} ({error})")
 
 
 def temporary(path: Path) -> Path:
@@ -181,13 +161,10 @@ def write_csv(path: Path, records: list[dict[str, Any]] | pd.DataFrame) -> None:
 
 def environment() -> dict[str, Any]:
     """The host, the packages and the commit, with a + if tracked files were edited."""
-    command = "git describe --always --dirty=+ --exclude=* --abbrev=12"
-    commit = None
-    with contextlib.suppress(OSError):  # there is no git
-        result = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True)
-        commit = result.stdout.strip() or None
+    command = 'git describe --always --dirty=+ --exclude="*" --abbrev=12'
+    git = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
     return {
-        "commit": commit,
+        "commit": git.stdout.strip() or None,  # None: no repository or no git
         "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
         "python": platform.python_version(),
         "host": socket.gethostname(),
