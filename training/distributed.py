@@ -79,13 +79,6 @@ def from_main(make: Callable[[], Any]) -> Any:
     return result[0]
 
 
-def all_reduce(tensor: Tensor) -> Tensor:
-    """Replace a tensor by its sum over all processes; returns it."""
-    if world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
 class Loss(nn.Module):
     """The loss of a model as a module's forward, which DistributedDataParallel needs."""
 

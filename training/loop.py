@@ -1,14 +1,15 @@
 """The training loop of both tasks: steps, dev evaluation, best model, early stopping, resuming."""
 
 import math
-import platform
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from config import InputError, TrainConfig, seed_from
@@ -32,16 +33,6 @@ class Task:
     metric: str = "dev_loss"  # chooses the best epoch; the largest, unless it is a loss
 
 
-@dataclass
-class Progress:
-    """How far a run is: a record per finished epoch, and one per step."""
-
-    epochs: list[dict[str, float]] = field(default_factory=list)
-    steps: list[dict[str, float]] = field(default_factory=list)
-    step: int = 0  # finished steps of the current epoch
-    seconds: float = 0.0  # of these steps
-
-
 class Trainer:
     """Trains all parameters of a model that require a gradient."""
 
@@ -55,11 +46,14 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=hardware.dtype == torch.float16
         )
-        self.progress = self.restore()
+        self.epochs: list[dict[str, Any]] = []  # a record per finished epoch, as in metrics.csv
+        self.steps: list[dict[str, Any]] = []  # and per step, as in steps.csv
+        self.unread: list[dict[str, Any]] = []  # steps whose loss and norm are on the device
+        self.step, self.seconds = 0, 0.0  # finished steps of the current epoch, and their time
+        self.restore()
         self.loss = distributed.data_parallel(model)  # copies the main process's parameters
-        self.unread: list[tuple[dict[str, float], Tensor]] = []  # whose numbers are on the device
 
-    def train(self) -> list[dict[str, float]]:
+    def train(self) -> list[dict[str, Any]]:
         """Train until the last epoch or the end of patience; returns the records of the epochs.
 
         The run's folder gets metrics.csv, steps.csv, best/ and the resume state. The random numbers
@@ -67,44 +61,41 @@ class Trainer:
         uninterrupted one. Only the main process returns. Raises FloatingPointError if a loss or
         gradient is not finite.
         """
-        config, progress, dataset = self.config, self.progress, self.task.dataset
-        step_size = config.batch_size * config.grad_accumulation
+        config, dataset = self.config, self.task.dataset
+        step_size, every = config.batch_size * config.grad_accumulation, config.checkpoint_every
         steps_per_epoch = len(dataset.batches(step_size, config.seed, 0))
-        total, every = config.epochs * steps_per_epoch, config.checkpoint_every
+        total = config.epochs * steps_per_epoch
         no_bar = None if distributed.rank() == 0 else True  # None: if there is no terminal
-        bar = tqdm(total=total, unit="step", leave=False, disable=no_bar)
-        bar.update(len(progress.steps))
-        while len(progress.epochs) < config.epochs and not self.is_out_of_patience():
-            epoch = len(progress.epochs)
-            bar.set_description(f"epoch {epoch + 1}/{config.epochs}")
-            started = time.perf_counter() - progress.seconds
-            saved_after = progress.seconds
+        while len(self.epochs) < config.epochs:
+            epoch = len(self.epochs)
+            if 0 < config.patience <= epoch - best_epoch(self.epochs, self.task.metric):
+                metric = self.task.metric.replace("_", " ")
+                print(f"stopped early: {config.patience} epochs without a better {metric}")
+                break
+            batches = dataset.batches(step_size, config.seed, epoch)[self.step :]
+            title = f"epoch {epoch + 1}/{config.epochs}"
+            bar = tqdm(batches, title, leave=False, unit="step", disable=no_bar)
+            started, saved_after = time.perf_counter() - self.seconds, self.seconds
             self.model.train()
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)  # without evaluation
-            for indices in dataset.batches(step_size, config.seed, epoch)[progress.step :]:
-                number = epoch * steps_per_epoch + progress.step
+            for indices in bar:
+                number = epoch * steps_per_epoch + self.step
                 torch.manual_seed(seed_from(config.seed, number, distributed.rank()))
                 self.take_step(indices, learning_rate(number, total, config))
-                by_count = every > 0 and progress.step % every == 0
-                if by_count or progress.step % LOG_INTERVALS[self.device.type] == 0:
+                by_count = every > 0 and self.step % every == 0
+                is_logged = self.step % LOG_INTERVALS[self.device.type] == 0
+                if by_count or is_logged or self.step == steps_per_epoch:
                     self.read_losses()
-                    bar.set_postfix(loss=f"{progress.steps[-1]['loss']:.3f}", refresh=False)
-                bar.update()
-                progress.seconds = time.perf_counter() - started
-                is_late = progress.seconds - saved_after > SAVE_SECONDS and not self.unread
-                if by_count or (is_late and every == 0):
-                    self.save_state()
-                    saved_after = progress.seconds
-            self.read_losses()
-            progress.seconds = time.perf_counter() - started
-            tqdm.write(self.end_epoch())
-        bar.close()
-        if len(progress.epochs) < config.epochs:
-            metric = self.task.metric.replace("_", " ")
-            print(f"stopped early: {config.patience} epochs without a better {metric}")
+                    bar.set_postfix(loss=f"{self.steps[-1]['loss']:.3f}", refresh=False)
+                    self.seconds = time.perf_counter() - started
+                    is_late = every == 0 and self.seconds - saved_after > SAVE_SECONDS
+                    if by_count or is_late:
+                        self.save_state()
+                        saved_after = self.seconds
+            print(self.end_epoch())
         distributed.shutdown()
-        return progress.epochs
+        return self.epochs
 
     def take_step(self, indices: list[int], lr: float) -> None:
         """One optimizer step on a batch. The host only starts it: nothing waits for the device."""
@@ -133,46 +124,41 @@ class Trainer:
         scaler.step(self.optimizer)
         scaler.update()
         self.optimizer.zero_grad()
-        self.progress.step += 1
-        record = {"epoch": len(self.progress.epochs) + 1, "step": self.progress.step}
-        record |= {
-            "learning_rate": lr,
-            "targets": num_targets,
-            "tokens": dataset.num_tokens(indices),
-        }
-        self.unread.append((record, torch.stack([loss_sum, norm.double()])))
+        self.step += 1
+        record = {"epoch": len(self.epochs) + 1, "step": self.step, "learning_rate": lr}
+        record |= {"targets": num_targets, "tokens": dataset.num_tokens(indices)}
+        self.unread.append(record | {"loss": loss_sum, "gradient_norm": norm})
 
     def read_losses(self) -> None:
         """Read the losses and gradient norms since the last call from the device, all at once.
 
         Raises FloatingPointError if one is not finite, unless float16 scaling skipped the step.
         """
-        steps, unread, self.unread = self.progress.steps, self.unread, []
-        if not unread:
-            return
-        numbers = torch.stack([numbers for _, numbers in unread])
-        numbers[:, 0] = distributed.all_reduce(numbers[:, 0].contiguous())
-        for (record, _), (loss, norm) in zip(unread, numbers.tolist(), strict=True):
-            steps.append(record | {"loss": loss, "gradient_norm": norm})
-            skipped = sum(not math.isfinite(s["gradient_norm"]) for s in steps[-MAX_SKIPPED:])
+        losses = torch.stack([record["loss"] for record in self.unread])
+        if distributed.world_size() > 1:
+            torch.distributed.all_reduce(losses)
+        norms = torch.stack([record["gradient_norm"] for record in self.unread])
+        numbers = torch.stack([losses, norms], dim=1).tolist()
+        for record, (loss, norm) in zip(self.unread, numbers, strict=True):
+            self.steps.append(record | {"loss": loss, "gradient_norm": norm})
+            skipped = count_skipped(self.steps[-MAX_SKIPPED:])
             may_skip = self.scaler.is_enabled() and skipped < MAX_SKIPPED
             if not math.isfinite(loss) or not (math.isfinite(norm) or may_skip):
                 raise FloatingPointError(
                     f"loss {loss}, gradient norm {norm} at epoch {record['epoch']}, step "
                     f"{record['step']}; try a smaller --lr, --max_grad_norm 1 or --dtype float32"
                 )
+        self.unread = []
 
     def end_epoch(self) -> str:
         """Evaluate, record the epoch, save state and best model; returns a line for the screen."""
-        progress = self.progress
         memory = peak_memory_gb(self.device)
         self.model.eval()
         metrics = distributed.from_main(self.task.evaluate)
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise FloatingPointError(f"{name} is {value}; try a smaller --lr")
-        epoch = len(progress.epochs) + 1
-        steps = [step for step in progress.steps if step["epoch"] == epoch]
+        epoch, steps = len(self.epochs) + 1, self.steps[-self.step :]
         loss_sum = sum(step["loss"] * step["targets"] for step in steps)
         tokens = sum(step["tokens"] for step in steps)
         record = {
@@ -180,81 +166,68 @@ class Trainer:
             "train_loss": loss_sum / sum(step["targets"] for step in steps),
             **metrics,
             "learning_rate": steps[-1]["learning_rate"],
-            "seconds": round(progress.seconds, 3),
-            "tokens_per_second": round(tokens / progress.seconds, 1),
+            "seconds": round(self.seconds, 3),
+            "tokens_per_second": round(tokens / self.seconds, 1),
             "peak_memory_gb": memory,
-            "skipped_steps": sum(not math.isfinite(step["gradient_norm"]) for step in steps),
+            "skipped_steps": count_skipped(steps),
         }
-        progress.epochs.append(record)
-        progress.step, progress.seconds = 0, 0.0
+        self.epochs.append(record)
+        self.step, self.seconds = 0, 0.0
         self.save_state()
         self.save_best()
-        shown = [f"epoch {epoch:>2}/{self.config.epochs}"]
-        shown += [
-            f"{name.replace('_', ' ')} {value:.3f}"
-            for name, value in record.items()
-            if name.endswith(("loss", "accuracy", "f1"))
-        ]
-        shown.append(f"{record['seconds']:.1f} s  {record['tokens_per_second']:,.0f} tokens/s")
-        if best_epoch(progress.epochs, self.task.metric) == epoch:
-            shown.append("*best*")
-        return "  ".join(shown)
-
-    def is_out_of_patience(self) -> bool:
-        epochs, patience = self.progress.epochs, self.config.patience
-        return 0 < patience <= len(epochs) - best_epoch(epochs, self.task.metric)
+        names = [name for name in record if name.endswith(("loss", "accuracy", "f1"))]
+        shown = "  ".join(f"{name.replace('_', ' ')} {record[name]:.3f}" for name in names)
+        speed = f"{record['seconds']:.1f} s  {record['tokens_per_second']:,.0f} tokens/s"
+        mark = "  *best*" if best_epoch(self.epochs, self.task.metric) == epoch else ""
+        return f"epoch {epoch:>2}/{self.config.epochs}  {shown}  {speed}{mark}"
 
     def save_best(self) -> None:
         """Write best/ if the last epoch is the best. The state, which knows it, comes first."""
-        epochs = self.progress.epochs
-        if epochs and best_epoch(epochs, self.task.metric) == len(epochs):
+        if best_epoch(self.epochs, self.task.metric) == len(self.epochs):
             distributed.from_main(lambda: self.run.save_best(self.task.save))
 
     def save_state(self) -> None:
         """Write steps.csv, metrics.csv and the resume state, in the main process."""
         if distributed.rank() > 0:
             return
-        write_csv(self.run.folder / "steps.csv", self.progress.steps)
-        write_csv(self.run.folder / "metrics.csv", self.progress.epochs)
+        write_csv(self.run.folder / "steps.csv", self.steps)
+        write_csv(self.run.folder / "metrics.csv", self.epochs)
+        progress = {"epochs": self.epochs, "steps": self.steps, "step": self.step}
         state = {
-            "progress": vars(self.progress),
+            "progress": progress | {"seconds": self.seconds},
             "parameters": [parameter.detach() for parameter in self.trained],
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
         self.run.save_state(state)
 
-    def restore(self) -> Progress:
-        """The Progress of the run's resume state, if it has one, whose parameters are loaded.
+    def restore(self) -> None:
+        """Continue from the run's resume state, if it has one.
 
         Raises InputError for a state that does not fit the model.
         """
         state = distributed.from_main(self.run.load_state)
         if state is None:
-            return Progress()
-        try:
-            with torch.no_grad():
-                for parameter, saved in zip(self.trained, state["parameters"], strict=True):
-                    parameter.copy_(saved)
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-            self.progress = Progress(**state["progress"])
-        except Exception as error:  # a state of anything else raises almost anything
-            raise InputError(f"the state in {self.run.folder} does not fit ({error})") from error
-        print(f"--resume: continues after {len(self.progress.steps)} steps")
-        if self.progress.step == 0:  # it may have been killed before best/ was written
+            return
+        if [p.shape for p in state["parameters"]] != [p.shape for p in self.trained]:
+            raise InputError(f"the state in {self.run.folder} does not fit the model; delete it")
+        for parameter, saved in zip(self.trained, state["parameters"], strict=True):
+            parameter.data.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.epochs, self.steps, self.step, self.seconds = state["progress"].values()
+        print(f"--resume: continues after {len(self.steps)} steps")
+        if self.step == 0:  # it may have been killed before best/ was written
             self.save_best()
-        return self.progress
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019). Only the matrices of linear layers decay, as in GPT-2."""
-    linears = [part for part in model.modules() if isinstance(part, nn.Linear)]
-    matrices = {id(linear.weight) for linear in linears}
+    matrices = {part.weight for part in model.modules() if isinstance(part, nn.Linear)}
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if id(p) in matrices], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if id(p) not in matrices], "weight_decay": 0.0},
+        {"params": [p for p in trained if p in matrices], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p not in matrices], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], config.lr, fused=True)
 
@@ -269,21 +242,24 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     return config.lr * {"constant": 1, "linear": 1 - done, "cosine": cosine}[config.schedule]
 
 
-def best_epoch(epochs: list[dict[str, float]], metric: str) -> int:
+def best_epoch(epochs: list[dict[str, Any]], metric: str) -> int:
     """The number of the first epoch with the best metric; 0 if there is none."""
-    if not epochs:
-        return 0
     choose = min if metric.endswith("loss") else max
-    return int(choose(epochs, key=lambda record: record[metric])["epoch"])
+    return choose(epochs, key=lambda record: record[metric], default={"epoch": 0})["epoch"]
+
+
+def count_skipped(steps: list[dict[str, Any]]) -> int:
+    """The number of steps that float16 scaling skipped."""
+    return sum(not math.isfinite(step["gradient_norm"]) for step in steps)
 
 
 def peak_memory_gb(device: torch.device) -> float | None:
     """Peak memory in GB: of training on CUDA, else of the whole process; None if it is unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource  # here: not on Windows
-    except ImportError:
+    if sys.platform == "win32":
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in kilobytes, on macOS in bytes
-    return round(peak / 1e9 * (1 if platform.system() == "Darwin" else 1024), 3)
+    import resource  # here: not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes or kilobytes
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
