@@ -294,8 +294,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("name", choices=EXPERIMENTS)
-    add("--seeds", type=int, default=5, choices=range(1, 65), metavar="N", help="runs per row")
-    add("--jobs", type=int, default=1, choices=range(1, 65), metavar="N", help="runs at a time")
+    add("--seeds", type=int, default=5, choices=range(1, 65), metavar="N", help="runs per row (5)")
+    add("--jobs", type=int, default=1, choices=range(1, 65), metavar="N", help="runs at a time (1)")
     text = "only rows with one of these words in their names"
     add("--rows", nargs="+", metavar="WORD", default=[], help=text)
     text = "keep the finished runs of results/NAME.csv"

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from config import ROOT, InputError
+from config import ROOT, InputError, TrainConfig
 from datasets import PairsDataset, make_pairs, note_repeated_texts, read_pairs, read_text
 from evaluation.metrics import classification_metrics, classify, metrics_table, pair_metrics
 from evaluation.plots import draw_attention
@@ -64,7 +64,7 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     add("--pair", nargs=2, action="append", metavar="TEXT", help=text)
     text = "no model: metrics of a file of predictions against the labels of --para_dev"
     add("--score", metavar="FILE", help=text)
-    options = opt.parse(parser, arguments, REPORT)
+    options = opt.parse(parser, arguments, REPORT, TINY_RATES)
     if options.use_lora and options.freeze_gpt:
         raise InputError("--use_lora trains GPT-2 and --freeze_gpt does not; remove one of them")
     if options.freeze_gpt:
@@ -98,7 +98,7 @@ def main(options: Namespace) -> None:
     if options.score:
         print(metrics_table(score(options)))
         return
-    config = opt.train_config(options, TINY_RATES)
+    config = opt.from_options(TrainConfig, options)
     hardware = opt.choose_hardware(options)
     torch.manual_seed(config.seed)
     if options.predict:

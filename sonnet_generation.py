@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from config import ROOT, InputError, SamplingConfig, check_number
+from config import ROOT, InputError, SamplingConfig, TrainConfig, check_number
 from datasets import (
     SonnetsDataset,
     continuation,
@@ -56,7 +56,7 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     add("--prompt", action="append", metavar="TEXT", help=text)
     add("--num_samples", type=int, default=1, metavar="N", help="continuations of each --prompt")
     add("--score", metavar="FILE", help="no model: metrics of generated sonnets against test")
-    options = opt.parse(parser, arguments, REPORT)
+    options = opt.parse(parser, arguments, REPORT, TINY_RATES)
     check_number("num_samples", options.num_samples, (1, 2**31), int)
     opt.from_options(SamplingConfig, options)  # or bad values would be found after training
     check_outputs(options, "sonnet_out")
@@ -67,7 +67,7 @@ def main(options: Namespace) -> None:
     if options.score:
         print(metrics_table(score(options)))
         return
-    config = opt.train_config(options, TINY_RATES)
+    config = opt.from_options(TrainConfig, options)
     hardware = opt.choose_hardware(options)
     torch.manual_seed(config.seed)
     if options.generate:

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from small_runs import HEADER, KINDS, SCRIPTS, arguments, command, make_files, run
 
-from config import ROOT
+from config import ROOT, TrainConfig
 from datasets import read_pairs, read_sonnets
 from evaluation.metrics import classification_metrics
 from evaluation.sonnet_form import chrf
 from models.adapters import load_model
-from training.options import train_config
+from training.options import from_options
 
 SUMMARY = """
     task model method seed trainable_parameters total_parameters epochs best_epoch first_train_loss
@@ -274,7 +274,7 @@ def test_the_options_of_the_course_and_of_the_report(task, monkeypatch):
 
     def parse(*given):
         options = SCRIPTS[task].parse_options([*given])
-        return options, train_config(options, SCRIPTS[task].TINY_RATES)
+        return options, from_options(TrainConfig, options)
 
     options, config = parse(*COURSE.split(), *OF_COURSE[task].split())
     assert (options.model_size, config.epochs, config.lr, config.seed) == ("gpt2", 2, 0.1, 1)
@@ -283,6 +283,8 @@ def test_the_options_of_the_course_and_of_the_report(task, monkeypatch):
     assert (config.schedule, config.warmup, config.max_grad_norm) == ("constant", 0, 0)
     assert (config.epochs, config.lr, config.patience) == (10 if task == "sonnets" else 3, 1e-5, 3)
     assert parse("--preset=report", "--use_lora")[1].lr == 1e-4
+    if task == "paraphrases":
+        assert parse("--freeze_gpt")[1].lr == 5e-4
     if task == "sonnets":
         assert (options.temperature, options.top_p) == (1.2, 0.9)
     else:

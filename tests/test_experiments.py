@@ -263,13 +263,13 @@ def test_paths_of_given_options_are_absolute(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_can_be_run(name, tmp_path):
-    """Its options exist and differ, and comparisons are of its rows."""
+    """Its options exist and differ within a row, and comparisons are of its rows."""
     experiment = EXPERIMENTS[name]
     scripts = {module.__name__: module for module in (sonnet_generation, paraphrase_detection)}
     found = set()
     for job in make_jobs(experiment, [""], [], tmp_path):
         values = vars(scripts[experiment.script].parse_options([*job.arguments]))
-        found.add(json.dumps(values, sort_keys=True))
+        found.add((job.row, json.dumps(values, sort_keys=True)))
     folds = 11 if experiment.cross_validation else 1
     count = sum(len(c) if isinstance(c, dict) else 1 for c in experiment.rows.values())
     assert len(found) == count * folds

@@ -1,11 +1,11 @@
 """Command-line options made from dataclass fields, the hardware that they choose, and errors."""
 
-import argparse
 import contextlib
 import dataclasses
 import difflib
 import re
 import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,20 +24,12 @@ REPORT_RATES = {"full": 1e-5, "lora": 1e-4}
 Config = TypeVar("Config")
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the description and shows defaults."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False or "default" in (action.help or ""):
-            return action.help
-        return super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
+class Parser(ArgumentParser):
     """Reports an argument that cannot be parsed as an InputError, with the nearest option."""
 
     def __init__(self, description: str | None) -> None:
-        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+        settings = {"formatter_class": RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(description=description, **settings)
 
     def error(self, message: str) -> NoReturn:
         options = [name for action in self._actions for name in action.option_strings]
@@ -51,29 +43,25 @@ def add_options(parser: Parser, config_class: type, title: str, prefix: str = ""
     """Add one option per field of `config_class`."""
     group = parser.add_argument_group(title)
     for entry in dataclasses.fields(config_class):
-        settings = entry.metadata["option"]
-        group.add_argument(f"--{prefix}{entry.name}", default=entry.default, **settings)
+        settings = {"default": entry.default} | entry.metadata["option"]
+        settings["help"] += " (default: %(default)s)"
+        group.add_argument(f"--{prefix}{entry.name}", **settings)
 
 
-def from_options(
-    config_class: type[Config], options: argparse.Namespace, prefix: str = ""
-) -> Config:
+def from_options(config_class: type[Config], options: Namespace, prefix: str = "") -> Config:
     """Make a `config_class` from parsed options; raises InputError for a value out of range."""
-    values = vars(options)
     names = [entry.name for entry in dataclasses.fields(config_class)]
-    return config_class(**{name: values[prefix + name] for name in names})
+    return config_class(**{name: vars(options)[prefix + name] for name in names})
 
 
 def task_parser(description: str | None, **defaults: Any) -> Parser:
     """A parser with the options that both tasks share."""
     parser = Parser(description)
     add = parser.add_argument_group("model and method").add_argument
-    names = f"tiny (bundled), {', '.join(SIZES)}, or the folder of a model"
+    names = f"tiny (default), {', '.join(SIZES)}, or a folder"
     add("--model_size", default="tiny", metavar="NAME", help=names)
     add("--use_lora", action="store_true", help="train LoRA matrices only")
-    add(
-        "--dropout", type=float, metavar="P", help="instead of the rates in the model's config.json"
-    )
+    add("--dropout", type=float, metavar="P", help="instead of the rates in config.json")
     add("--preset", choices=["report"], help="settings of the student report")
     add_options(parser, TrainConfig, "training")
     add_options(parser, LoRAConfig, "LoRA (with --use_lora)", prefix="lora_")
@@ -82,8 +70,7 @@ def task_parser(description: str | None, **defaults: Any) -> Parser:
     add("--use_gpu", action="store_true", help="require CUDA")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     add("--dtype", default="auto", choices=dtypes, help="precision of matrix multiplications")
-    cost = "recompute activations: less memory, a third to a half more time"
-    add("--gradient_checkpointing", action="store_true", help=cost)
+    add("--gradient_checkpointing", action="store_true", help="less memory, up to half more time")
     add("--compile", action="store_true", help="torch.compile the model; no faster on a CPU")
     add("--plain", action="store_true", help="without the faster parts of speed/: the same result")
     add = parser.add_argument_group("run folder").add_argument
@@ -94,11 +81,11 @@ def task_parser(description: str | None, **defaults: Any) -> Parser:
 
 
 def parse(
-    parser: Parser, arguments: list[str] | None, report: dict[str, Any]
-) -> argparse.Namespace:
+    parser: Parser, arguments: list[str] | None, report: dict[str, Any], rates: dict[str, float]
+) -> Namespace:
     """Parse options, with the defaults of `report` if --preset report is among them.
 
-    Adds `method`: full or lora.
+    Adds `method`, full or lora, and its default learning rate, which is in `rates` for tiny.
     """
     if parser.parse_known_args(arguments)[0].preset == "report":
         parser.set_defaults(**report)
@@ -106,22 +93,18 @@ def parse(
     if options.dropout is not None:
         check_number("dropout", options.dropout, (0, 1), float)
     options.method = "lora" if options.use_lora else "full"
+    if options.preset == "report":
+        rates = REPORT_RATES
+    elif not is_tiny(options.model_size):
+        rates = GPT2_RATES
+    if options.lr is None:
+        options.lr = rates[options.method]
     return options
 
 
 def is_tiny(model: str) -> bool:
     """Whether a name or folder is the bundled model, however it is spelled."""
     return model == "tiny" or Path(model).resolve() == BUNDLED_MODEL.resolve()
-
-
-def train_config(options: argparse.Namespace, tiny_rates: dict[str, float]) -> TrainConfig:
-    """The TrainConfig, with the default learning rate of model and method."""
-    rates = tiny_rates if is_tiny(options.model_size) else GPT2_RATES
-    if options.preset == "report":
-        rates = REPORT_RATES
-    if options.lr is None:
-        options.lr = rates[options.method]
-    return from_options(TrainConfig, options)
 
 
 @dataclass(frozen=True)
@@ -133,11 +116,10 @@ class Hardware:
 
     def autocast(self) -> torch.autocast:
         """A context in which matrix multiplications have `dtype`; sums and norms stay float32."""
-        is_fast = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype, enabled=is_fast)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-def choose_hardware(options: argparse.Namespace) -> Hardware:
+def choose_hardware(options: Namespace) -> Hardware:
     """The Hardware of --device, --use_gpu and --dtype; joins the processes of torchrun.
 
     `auto` is CUDA if available, and bfloat16 if the hardware multiplies it, else float16 on CUDA,
@@ -154,16 +136,15 @@ def choose_hardware(options: argparse.Namespace) -> Hardware:
     device = distributed.init(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # or pinned memory and precision would ask the first GPU
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        auto = torch.bfloat16 if fast else torch.float16
+        is_fast, slow = torch.cuda.is_bf16_supported(including_emulation=False), torch.float16
+    elif options.dtype == "float16":
+        raise InputError("--dtype float16 needs CUDA; use auto, bfloat16 or float32")
     else:
         # torch has no public function for this; emulation takes several times as long
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        auto = torch.bfloat16 if fast else torch.float32
-    if options.dtype == "float16" and device.type == "cpu":
-        raise InputError("--dtype float16 needs CUDA; use auto, bfloat16 or float32")
-    dtypes = {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}
-    return Hardware(device, dtypes.get(options.dtype, torch.float16))
+        is_fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        slow = torch.float32
+    auto = torch.bfloat16 if is_fast else slow
+    return Hardware(device, auto if options.dtype == "auto" else vars(torch)[options.dtype])
 
 
 @contextlib.contextmanager
@@ -176,21 +157,23 @@ def exit_cleanly() -> Iterator[None]:
         stream.reconfigure(errors="replace")  # consoles without UTF-8 show ? instead of failing
     try:
         yield
-        return
-    except InputError as error:
-        message, code = f"error: {error}", 2
     except KeyboardInterrupt:
-        message, code = "stopped; repeat the command with --resume to continue", 130
+        stop(130, "stopped; repeat the command with --resume to continue")
+    except InputError as error:
+        stop(2, f"error: {error}")
     except FloatingPointError as error:
-        message, code = f"error: {error}; saved files are intact", 1
+        stop(1, f"error: {error}; saved files are intact")
     except OSError as error:
         reason = f"{error.filename or 'a file'}: {error.strerror or error}"
-        message, code = f"error: {reason}; saved files are intact (--resume continues)", 1
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        text = str(error)
-        if isinstance(error, RuntimeError) and not re.search("(?i)out of memory|alloc", text):
+        stop(1, f"error: {reason}; saved files are intact (--resume continues)")
+    except (RuntimeError, MemoryError) as error:
+        if not re.search("(?i)out of memory|alloc|MemoryError", repr(error)):
             raise
         advice = "use a smaller --batch_size, --gradient_checkpointing or --use_lora in training"
-        message, code = f"error: out of memory; {advice}, and fewer or shorter prompts", 1
+        stop(1, f"error: out of memory; {advice}, and fewer or shorter prompts")
+
+
+def stop(code: int, message: str) -> NoReturn:
+    """End the process with a line on the screen."""
     print(" ".join(message.splitlines()), file=sys.stderr)
     sys.exit(code)
