@@ -7,15 +7,15 @@ python paraphrase_detection.py --predict runs/.../best --pair "one text" "anothe
 
 from argparse import Namespace
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from config import ROOT, InputError, TrainConfig
 from datasets import PairsDataset, make_pairs, note_repeated_texts, read_pairs, read_text
-from evaluation.metrics import classification_metrics, classify, metrics_table, pair_metrics
+from evaluation.metrics import classification_metrics, metrics_table, pair_metrics
 from evaluation.plots import draw_attention
 from models.adapters import load_model
 from models.paraphrase_gpt import ANSWERS, HEAD_FILE, ParaphraseGPT
@@ -24,7 +24,7 @@ from training import distributed
 from training import options as opt
 from training.loop import Task, Trainer
 from training.runs import write_csv, write_text
-from training.setup import Results, check_outputs, finish_run, open_run, prepare
+from training.setup import check_outputs, evaluate, finish_run, open_run, prepare, summarize
 
 TINY_RATES = {"full": 5e-4, "lora": 2e-3}  # chosen on dev, see data/README.md
 DEFAULTS = {"epochs": 3, "batch_size": 16, "schedule": "linear", "warmup": 0.06}
@@ -36,7 +36,9 @@ DATASETS = {  # the files of train, dev and test
     "quora": ("quora-train.csv", "quora-dev.csv", "quora-test-student.csv"),
 }
 SPLITS = ("train", "dev", "test")
+ENCODINGS = ("joint", "separate")
 PENALTIES = ("parameter_penalty", "attention_penalty", "vector_penalty")
+SENTENCES = ["sentence1", "sentence2"]
 SHOWN_TOKENS, EXAMPLES = 5, 4  # tokens of --pair, and pairs in attention.png
 
 
@@ -44,26 +46,19 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     parser = opt.task_parser(__doc__, **DEFAULTS)
     add = parser.add_argument_group("pairs").add_argument
     add("--pooling", default="last", choices=POOLINGS, help="how hidden states become one vector")
-    text = "joint: one prompt with both texts (default except for tiny); separate: one text each"
-    add("--pair_encoding", choices=("joint", "separate"), help=text)
+    add("--pair_encoding", choices=ENCODINGS, help="one prompt (default but for tiny) or two")
     add("--freeze_gpt", action="store_true", help="train only pooling and head, GPT-2 in eval mode")
     for name in PENALTIES:
-        add(
-            f"--{name}", type=float, metavar="N", help="weight of this penalty of multihead pooling"
-        )
-    text = "verses (default), or quora (default of --preset report), see data/download_quora.py"
-    add("--dataset", choices=DATASETS, help=text)
+        add(f"--{name}", type=float, metavar="N", help="its weight, with multihead pooling")
+    add("--dataset", choices=DATASETS, help="default: verses, or quora with --preset report")
     for split in SPLITS:
         add(f"--para_{split}", metavar="FILE", help=f"{split} pairs instead of those of --dataset")
     for split in SPLITS[1:]:
         path = f"predictions/para-{split}-output.csv"
         add(f"--para_{split}_out", default=path, metavar="FILE", help=f"predictions of {split}")
-    text = "no training: classify dev and test pairs, or only a given file, with a run's best/"
-    add("--predict", metavar="DIR", help=text)
-    text = "two texts for --predict, instead of files; can be repeated"
-    add("--pair", nargs=2, action="append", metavar="TEXT", help=text)
-    text = "no model: metrics of a file of predictions against the labels of --para_dev"
-    add("--score", metavar="FILE", help=text)
+    add("--predict", metavar="DIR", help="classify dev and test, or given files, with best/")
+    add("--pair", nargs=2, action="append", metavar="TEXT", help="texts for --predict, not files")
+    add("--score", metavar="FILE", help="no model: metrics of predictions for --para_dev")
     options = opt.parse(parser, arguments, REPORT, TINY_RATES)
     if options.use_lora and options.freeze_gpt:
         raise InputError("--use_lora trains GPT-2 and --freeze_gpt does not; remove one of them")
@@ -83,10 +78,9 @@ def choose_files(options: Namespace) -> None:
     """Set the files that were not given; raises InputError if only some are for training."""
     values = vars(options)
     missing = [split for split in SPLITS if values[f"para_{split}"] is None]
-    is_partial = options.dataset is None and 0 < len(missing) < len(SPLITS)
-    if is_partial and options.predict:  # classify only these
-        return
-    if is_partial and not options.score:
+    if options.dataset is None and 0 < len(missing) < len(SPLITS) and not options.score:
+        if options.predict and missing != ["dev", "test"]:  # classify only the given files
+            return
         raise InputError(f"--para_{missing[0]} is missing too; or name a --dataset")
     if options.dataset is None:
         options.dataset = "quora" if options.preset == "report" else "verses"
@@ -109,34 +103,30 @@ def main(options: Namespace) -> None:
     model = load_classifier(options)
     prepare(model, options, hardware)
     pairs = {split: read_split(options, split) for split in SPLITS}
-    texts = {s: frame[["sentence1", "sentence2"]].values.tolist() for s, frame in pairs.items()}
-    note_repeated_texts(texts)
+    note_repeated_texts({s: frame[SENTENCES].values.tolist() for s, frame in pairs.items()})
     datasets = {split: make_dataset(model, split, frame) for split, frame in pairs.items()}
     variant = (model.settings["pooling"], model.settings["pair_encoding"])
     run = open_run("paraphrases", variant, model, options, hardware)
 
     # Training
-    task = Task(
-        dataset=datasets["train"],
-        evaluate=lambda: evaluate(model, {"dev": datasets["dev"]}, hardware)[0],
-        save=model.save_pretrained,
-        metric="dev_accuracy",
-    )
+    measure = partial(evaluate, pair_metrics, hardware)
+    train, dev = datasets.pop("train"), {"dev": datasets["dev"]}
+    task = Task(train, lambda: measure(model, dev)[0], model.save_pretrained, "dev_accuracy")
     epochs = Trainer(model, task, config, run, hardware).train()
+    run.summary |= summarize(epochs, task.metric)
 
     # The best model: its metrics and predictions
     if epochs:
         model = ParaphraseGPT.from_pretrained(run.best).to(hardware.device)
-    del datasets["train"]
-    metrics, logits, results = evaluate(model, datasets, hardware)
-    weights = token_weights(
-        model, datasets["dev"], range(len(datasets["dev"].ids))[:EXAMPLES], hardware
-    )
-    settings = {"dataset": options.dataset, **model.settings}
-    per_text = join_texts(results, pairs)
+    metrics, results = measure(model, datasets)
+    metrics = {"dataset": options.dataset, **model.settings, **metrics}
+    texts = pd.concat(pairs).reset_index(0, names="split")[["split", "id", *SENTENCES]]
+    per_text = results.dropna(subset="loss").astype({"label": int}).merge(texts)
+    per_text = per_text.sort_values(["split", "loss"], ascending=[True, False])
     usage = f'python paraphrase_detection.py --predict {run.shown}/best --pair "one text" "another"'
-    outputs = format_predictions(options, datasets, logits)
-    finish_run(run, task, epochs, Results(settings | metrics, per_text, outputs, usage))
+    finish_run(run, metrics, per_text, format_predictions(options, datasets, results), usage)
+    examples = range(len(datasets["dev"].ids))[:EXAMPLES]
+    weights = token_weights(model, datasets["dev"], examples, hardware)
     if weights is not None:
         write_csv(run.folder / "attention.csv", weights)
         title = f"token weights of {variant[0]} pooling"
@@ -169,42 +159,19 @@ def make_dataset(model: ParaphraseGPT, split: str, pairs: pd.DataFrame) -> Pairs
         dataset = PairsDataset(pairs, model.gpt, model.settings["pair_encoding"])
     except InputError as error:
         raise InputError(f"the {split} pairs: {error}") from error
-    lines = {"skipped (a text or the label is missing)": dataset.skipped_lines}
-    lines |= {"truncated": dataset.truncated_lines}
-    for problem, numbers in lines.items():
-        if numbers:
-            print(
-                f"note: {len(numbers)} {split} pairs are {problem}: lines {str(numbers[:9])[1:-1]}"
-            )
+    note_lines(f"{split} pairs are skipped (a text or the label is missing)", dataset.skipped_lines)
+    note_lines(f"{split} pairs are truncated", dataset.truncated_lines)
     return dataset
 
 
-def evaluate(
-    model: ParaphraseGPT, datasets: dict[str, PairsDataset], hardware: opt.Hardware
-) -> tuple[dict[str, float], dict[str, Tensor], dict[str, pd.DataFrame]]:
-    """Metrics, logits, and the results of single pairs by split; metrics need labels."""
-    metrics, logits, results = {}, {}, {}
-    for split, dataset in datasets.items():
-        with hardware.autocast():
-            logits[split] = classify(model, dataset)
-        if dataset.labels is not None:
-            values, results[split] = pair_metrics(logits[split], dataset)
-            metrics |= {f"{split}_{name}": value for name, value in values.items()}
-    return metrics, logits, results
-
-
-def join_texts(results: dict[str, pd.DataFrame], pairs: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """The results of single pairs with their texts, largest loss first."""
-    frames = []
-    for split, frame in results.items():
-        texts = pairs[split][["id", "sentence1", "sentence2"]]
-        joined = frame.merge(texts, on="id").sort_values("loss", ascending=False)
-        frames.append(joined.assign(split=split))
-    return pd.concat(frames)
+def note_lines(problem: str, lines: list[int]) -> None:
+    """Print the number of lines with a problem, and the first of them."""
+    if lines:
+        print(f"note: {len(lines)} {problem}: lines {', '.join(map(str, lines[:9]))}")
 
 
 def format_predictions(
-    options: Namespace, datasets: dict[str, PairsDataset], logits: dict[str, Tensor]
+    options: Namespace, datasets: dict[str, PairsDataset], results: pd.DataFrame
 ) -> dict[str, tuple[str, str]]:
     """Path and text of dev and test predictions, in the course's format: every id and 0 or 1.
 
@@ -213,9 +180,9 @@ def format_predictions(
     majority, outputs = 0, {}
     if "dev" in datasets:
         majority = int(datasets["dev"].labels.float().mean() > 0.5)
-    for split, dataset in datasets.items():
-        answers = dict(zip(dataset.ids, logits[split].argmax(1).tolist(), strict=True))
-        lines = [f"{name}, {answers.get(name, majority)} \n" for name in dataset.all_ids]
+    for split, frame in results.groupby("split"):
+        answers = dict(zip(frame["id"], frame["predicted"], strict=True))
+        lines = [f"{name}, {answers.get(name, majority)} \n" for name in datasets[split].all_ids]
         text = "id \t Predicted_Is_Paraphrase \n" + "".join(lines)
         outputs[f"para-{split}-output.csv"] = vars(options)[f"para_{split}_out"], text
     return outputs
@@ -247,10 +214,9 @@ def predict_only(options: Namespace, hardware: opt.Hardware) -> None:
         answer_pairs(options.pair, model, hardware)
         return
     splits = [split for split in SPLITS[1:] if vars(options)[f"para_{split}"]]
-    pairs = {split: read_split(options, split) for split in splits}
-    datasets = {split: make_dataset(model, split, frame) for split, frame in pairs.items()}
-    metrics, logits, _ = evaluate(model, datasets, hardware)
-    for path, text in format_predictions(options, datasets, logits).values():
+    datasets = {s: make_dataset(model, s, read_split(options, s)) for s in splits}
+    metrics, results = evaluate(pair_metrics, hardware, model, datasets)
+    for path, text in format_predictions(options, datasets, results).values():
         write_text(path, text)
         print(f"predictions: {path}")
     if metrics:
@@ -263,9 +229,11 @@ def answer_pairs(pairs: list[list[str]], model: ParaphraseGPT, hardware: opt.Har
         if not all(map(str.strip, texts)):
             raise InputError(f"--pair {texts} has an empty text; give two texts")
     dataset = PairsDataset(make_pairs(pairs), model.gpt, model.settings["pair_encoding"])
-    probabilities = evaluate(model, {"pairs": dataset}, hardware)[1]["pairs"].softmax(1)
-    for index, (probability, answer) in enumerate(zip(*probabilities.max(1), strict=True)):
-        print(f"{ANSWERS[answer]} (probability {probability:.3f}): {' | '.join(pairs[index])}")
+    _, results = evaluate(pair_metrics, hardware, model, {"pairs": dataset})
+    for index, result in results.iterrows():
+        probability = max(result["probability"], 1 - result["probability"])
+        answer = ANSWERS[result["predicted"]]
+        print(f"{answer} (probability {probability:.3f}): {' | '.join(pairs[index])}")
         weights = token_weights(model, dataset, [index], hardware)
         if weights is not None:
             heaviest = weights.nlargest(SHOWN_TOKENS, "weight")[["token", "weight"]]

@@ -14,12 +14,11 @@ from models.paraphrase_gpt import ParaphraseGPT
 from models.sonnet_gpt import SonnetGPT
 
 BATCH_SIZE = 32
+Results = tuple[dict[str, float], pd.DataFrame]  # metrics, and the results of single texts
 
 
 @torch.no_grad()
-def language_model_metrics(
-    model: SonnetGPT, dataset: SonnetsDataset
-) -> tuple[dict[str, float], pd.DataFrame]:
+def language_model_metrics(model: SonnetGPT, dataset: SonnetsDataset) -> Results:
     """`loss` (nats per token), `perplexity` and `bits_per_character`, and the losses of the texts.
 
     Bits per character divide the same loss by characters, so that tokenizers are comparable. The
@@ -28,9 +27,8 @@ def language_model_metrics(
     device = next(model.parameters()).device
     losses = []
     model.eval()
-    for index in tqdm(
-        range(len(dataset.lengths)), "evaluating", delay=2, leave=False, disable=None
-    ):
+    indices = range(len(dataset.lengths))
+    for index in tqdm(indices, "evaluating", delay=2, leave=False, disable=None):
         batch = dataset.collate([index])  # a single text needs no padding
         losses.append(model.loss(**{name: tensor.to(device) for name, tensor in batch.items()}))
     texts = pd.DataFrame({"id": dataset.ids, "loss": torch.stack(losses).tolist()})
@@ -82,16 +80,22 @@ def classification_metrics(predicted: Tensor, labels: Tensor) -> dict[str, float
     }
 
 
-def pair_metrics(logits: Tensor, dataset: PairsDataset) -> tuple[dict[str, float], pd.DataFrame]:
+def pair_metrics(model: ParaphraseGPT, dataset: PairsDataset) -> Results:
     """`loss` (nats per pair) and the classification_metrics, and the results of the pairs.
 
-    The frame has `id`, `loss`, `predicted`, `probability` (of yes) and `label` of each pair.
+    The frame has `id`, `predicted`, `probability` (of yes), `loss` and `label` of each pair.
+    Pairs without labels have no metrics, `loss` and `label`.
     """
-    losses, predicted = F.cross_entropy(logits, dataset.labels, reduction="none"), logits.argmax(1)
-    columns = {"loss": losses, "predicted": predicted, "probability": logits.softmax(1)[:, 1]}
-    columns = {name: values.numpy() for name, values in columns.items()}
-    metrics = {"loss": losses.mean().item(), **classification_metrics(predicted, dataset.labels)}
-    return metrics, pd.DataFrame({"id": dataset.ids, **columns, "label": dataset.labels.numpy()})
+    logits = classify(model, dataset)
+    predicted, labels = logits.argmax(1), dataset.labels
+    columns = {"predicted": predicted, "probability": logits.softmax(1)[:, 1]}
+    metrics = {}
+    if labels is not None:
+        columns |= {"loss": F.cross_entropy(logits, labels, reduction="none"), "label": labels}
+        metrics = {"loss": columns["loss"].mean().item()}
+        metrics |= classification_metrics(predicted, labels)
+    arrays = {name: values.numpy() for name, values in columns.items()}
+    return metrics, pd.DataFrame({"id": dataset.ids, **arrays})
 
 
 def metrics_table(metrics: dict[str, float]) -> str:

@@ -131,6 +131,8 @@ def test_own_prompts_are_continued(trained, monkeypatch, capsys):
     samples = texts("--prompt=From", "--num_samples=3")
     assert len(set(samples)) == 3
     assert texts("--prompt=From") == samples[:1]  # the other samples do not change it
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"From")))
+    assert texts("--prompt=-", "--num_samples=3") == samples
     greedy = texts("--prompt=and and and", "--temperature=0")
     assert texts("--prompt=and and and", "--temperature=0", "--repetition_penalty=9") != greedy
     assert texts("--prompt=" + "a\n" * 14, "--max_lines=0")[0].startswith("a\n" * 14)
