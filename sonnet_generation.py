@@ -92,8 +92,8 @@ def main(options: Namespace) -> None:
         model = SonnetGPT(load_model(run.best)).to(hardware.device)
     metrics, losses = measure(model, datasets)
     metrics = {f"base_{name}": value for name, value in base.items()} | metrics
-    outputs, copies = {}, {"test": options.sonnet_out}
-    copies["dev"] = str(Path(options.sonnet_out).with_name(OUTPUTS["dev"]))
+    dev_out = str(Path(options.sonnet_out).with_name(OUTPUTS["dev"]))
+    outputs, copies = {}, {"dev": dev_out, "test": options.sonnet_out}
     for split, name in OUTPUTS.items():
         frame = sonnets[split]
         texts = generate(model, prompts_of(frame), vars(options) | {"max_lines": 0}, hardware)

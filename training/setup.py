@@ -78,6 +78,7 @@ def open_run(
     run.summary = {"task": task, "model": options.model_size, "method": method}
     run.summary |= {"seed": options.seed, "trainable_parameters": trainable}
     run.summary |= {"total_parameters": total}
+    run.title = ", ".join([options.model_size, *variant, method])
     print(
         f"{task}: {run.title}\n{trainable:,} of {total:,} parameters are trained with learning "
         f"rate {options.lr:g}\nprecision {inputs['dtype']} on {hardware.device}, in {run.shown}"
