@@ -196,8 +196,7 @@ class Table:
 
     def run(self, jobs: list[Job], seeds: range) -> None:
         """Run those jobs that are not finished, with all seeds."""
-        runs, _ = self.select(self.jobs)
-        finished = set(runs[KEY].itertuples(index=False, name=None))
+        finished = set(self.runs[KEY].itertuples(index=False, name=None))
         wanted = [job | {"seed": seed} for seed in seeds for job in jobs]
         missing = [run for run in wanted if itemgetter(*KEY)(run) not in finished]
         with ThreadPoolExecutor(self.workers) as pool:
@@ -243,8 +242,8 @@ class Table:
         """Run the candidates with the first seeds, then the best with all; the jobs that count."""
         trials = seeds[:SELECTION_SEEDS]
         self.run([job for job in self.jobs if job["chosen"]], trials)
-        runs = self.select(self.jobs)[0].query("chosen != '' and seed in @trials")
-        losses = runs.groupby(KEY[:3], sort=False)["dev_loss"].agg(["mean", "count"])
+        runs = self.runs.query("chosen != '' and seed in @trials")
+        losses = runs.groupby(KEY[:3])["dev_loss"].agg(["mean", "count"])
         finished = losses[losses["count"] == len(trials)]  # a failed trial counts out
         best = set(finished.groupby(["row", "fold"])["mean"].idxmin())
         key = itemgetter(*KEY[:3])
@@ -260,10 +259,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("name", choices=EXPERIMENTS)
     add("--seeds", type=int, default=5, choices=range(1, 65), metavar="N", help="runs per row")
     add("--jobs", type=int, default=1, choices=range(1, 65), metavar="N", help="runs at a time")
-    text = "only rows with one of these words in their names"
-    add("--rows", nargs="+", metavar="WORD", default=[], help=text)
-    text = "keep the finished runs of results/NAME.csv"
-    add("--continue", action="store_true", dest="keep", help=text)
+    add("--rows", nargs="+", metavar="WORD", default=[], help="only rows with one of these words")
+    add("--continue", action="store_true", dest="keep", help="keep the finished runs of NAME.csv")
     options, extra = parser.parse_known_args(arguments)
     for word in extra:
         if word.partition("=")[0] in ("--seed", "--out_dir", "--resume"):
@@ -286,14 +283,13 @@ def main(arguments: list[str] | None = None) -> int:
             path.replace(path.with_name(f"before-{path.name}"))
     table.write()
     chosen = table.run_all(range(FIRST_SEED, FIRST_SEED + options.seeds))
-    write_report(table, experiment, *table.select(chosen))
+    write_report(table, experiment, chosen)
     return int(bool(table.failures))
 
 
-def write_report(
-    table: Table, experiment: Experiment, runs: pd.DataFrame, texts: pd.DataFrame
-) -> None:
+def write_report(table: Table, experiment: Experiment, jobs: list[Job]) -> None:
     """Write NAME.md and NAME.png, and print the former."""
+    runs, texts = table.select(jobs)
     sections = table.failures
     if len(runs):
         runs[COST] = runs[runs["jobs"] == 1].reindex(columns=COST)  # others disturb each other

@@ -1,14 +1,13 @@
 """The plot of an experiment: means of rows, and losses by parameters."""
 
 import math
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure, SubFigure
 
-from evaluation.plots import BLUE, COLORS, axis_label, save
+from evaluation.plots import axis_label, save
 from evaluation.statistics import t_interval
 
 
@@ -28,7 +27,7 @@ def draw_experiment(path: Path, runs: pd.DataFrame, metrics: list[str]) -> None:
     panels = part.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
         means = row_means(runs, metric).reset_index()
-        axes.errorbar("mean", "row", xerr="error", data=means, fmt="o", color=BLUE, capsize=3)
+        axes.errorbar("mean", "row", xerr="error", data=means, fmt="o", capsize=3)
         axes.set(xlabel=axis_label(metric), ylim=(len(means) - 0.5, -0.5))
         axes.locator_params(axis="x", nbins=4)
         axes.grid(axis="x", alpha=0.3)
@@ -41,10 +40,8 @@ def draw_parameters(part: SubFigure, runs: pd.DataFrame, metrics: list[str]) -> 
     panels = part.subplots(1, len(metrics), squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
         means = row_means(runs, metric).assign(x=parameters).sort_values("x")
-        groups = means.groupby(means.index.str.replace(",.*", "", regex=True))
-        for (name, rows), color in zip(groups, cycle(COLORS), strict=False):
-            settings = {"fmt": "o-", "capsize": 3, "color": color, "label": name}
-            axes.errorbar("x", "mean", "error", data=rows, **settings)
+        for name, rows in means.groupby(means.index.str.replace(",.*", "", regex=True)):
+            axes.errorbar("x", "mean", "error", data=rows, fmt="o-", capsize=3, label=name)
         axes.set(xscale="log", xlabel="trainable parameters", ylabel=axis_label(metric))
     part.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 

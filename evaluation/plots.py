@@ -8,8 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe-Ito
-BLUE, ORANGE = COLORS[:2]
+BLUE, ORANGE = "C0", "C1"
 
 
 def axis_label(metric: str) -> str:
