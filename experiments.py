@@ -267,8 +267,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise InputError(f"{word} is set for each run; use --seeds, or --continue")
 
     experiment = EXPERIMENTS[options.name]
-    name = re.sub(r"[^\w.]+", "-", " ".join([options.name, *options.rows, *extra]))
-    folder = ROOT / "runs" / "experiments" / name
+    name = re.sub(r"[^\s=]*/", "", " ".join([options.name, *options.rows, *extra]))  # no folders
+    folder = ROOT / "runs" / "experiments" / re.sub(r"[^\w.]+", "-", name)
     folder.mkdir(parents=True, exist_ok=True)
     lock(folder)
     jobs = make_jobs(experiment, options.rows or [""], extra, folder)

@@ -224,7 +224,7 @@ def test_chosen_rows_and_options_have_files_of_their_own(task, tmp_path):
     """Part of a table does not replace the whole one; words that match nothing are an error."""
     assert run("--rows", "tw", "x", "--seeds", "1", "--data", "b/a", "--lr", "1") == 0
     assert task() == ["2 11711"]  # the option of the row counts
-    assert (tmp_path / "results" / "fake-tw-x-data-b-a-lr-1.md").exists()
+    assert (tmp_path / "results" / "fake-tw-x-data-a-lr-1.md").exists()
     with pytest.raises(InputError, match="matches none of one; two"):
         run("--rows", "three")
 
