@@ -8,15 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe-Ito
-BLUE, ORANGE = COLORS[:2]
-UNITS = {"loss": " (nats)", "accuracy": " (%)"}
+BLUE, ORANGE = "C0", "C1"
 
 
 def axis_label(metric: str) -> str:
     """The name of a metric with its unit."""
-    unit = UNITS.get(metric.rpartition("_")[2], "")
-    return metric.replace("_gb", "_(GB)").replace("_", " ") + unit
+    return metric.replace("_gb", " (GB)").replace("_", " ").replace("loss", "loss (nats)")
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -33,19 +30,13 @@ def draw_curves(folder: Path, title: str, base_loss: float | None = None) -> Non
     per_epoch = steps["step"].max()
     steps.index = (steps["epoch"] - 1) * per_epoch + steps["step"]
     epochs.index = epochs["epoch"] * per_epoch
-    names = ["loss", "learning_rate", "gradient_norm"]
-    if "dev_accuracy" in epochs:
-        names.append("dev_accuracy")
-        epochs["dev_accuracy"] *= 100
+    names = ["loss", "learning_rate", "gradient_norm", *epochs.filter(["dev_accuracy"])]
     figure = Figure((3.4 * len(names), 3.4), layout="constrained")
     figure.suptitle(title, parse_math=False)
     panels = figure.subplots(1, len(names))
     for axes, name in zip(panels, names, strict=True):
         axes.set(xlabel="step", ylabel=axis_label(name))
-        if name in steps:
-            axes.plot(steps[name], color=BLUE, linewidth=0.8, alpha=0.5)
-        else:
-            axes.plot(epochs[name], color=ORANGE, marker="o")
+        axes.plot(steps.get(name, epochs.get(name)), ".-", color=BLUE, markersize=3, alpha=0.5)
     smooth = steps["loss"].rolling(max(1, len(steps) // 20), min_periods=1).mean()
     panels[0].plot(smooth, color=BLUE, label="train")
     panels[0].plot(epochs["dev_loss"], color=ORANGE, marker="o", label="dev")
@@ -58,14 +49,13 @@ def draw_curves(folder: Path, title: str, base_loss: float | None = None) -> Non
 def draw_attention(path: Path, weights: pd.DataFrame, title: str) -> None:
     """Bars of token weights, one panel per pair; `weights` has the columns pair, token, weight."""
     pairs = list(weights.groupby("pair", sort=False))
-    longest = max(len(tokens) for _, tokens in pairs)
-    figure = Figure((max(6, 0.16 * longest), 2.3 * len(pairs)), layout="constrained")
+    width = max(6, 0.16 * weights["pair"].value_counts().max())
+    figure = Figure((width, 2.3 * len(pairs)), layout="constrained")
     figure.suptitle(title, parse_math=False)
     panels = figure.subplots(len(pairs), squeeze=False, sharey=True).flat
     for axes, (pair, tokens) in zip(panels, pairs, strict=True):
         draw_token_weights(axes, tokens)
         axes.set_title(pair, fontsize=8, loc="left", parse_math=False)
-        axes.set_xlim(-1, longest)
     save(figure, path)
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 
 import numpy as np
-import pronouncing
+from pronouncing import phones_for_word, rhyming_part
 from sacrebleu.metrics import CHRF
 
 from datasets import GIVEN_LINES, continuation, sonnet_prompt, verse_lines
@@ -38,22 +38,16 @@ def sonnet_metrics(
         lines = generator.choices(pool, k=len(verse_lines(text)[GIVEN_LINES:]))
         baseline.append(sonnet_prompt(text) + "\n".join(lines))
     metrics = {f"{split}_ended": float(np.mean([text.ended for text in texts]))}
-    finished = [finished_lines(text) for text in texts]
+    finished = [text if ended else text.rpartition("\n")[0] for text, ended in texts]
     limited = [first_lines(text.text, LINES) for text in texts]  # as in the files
     sources = {"": (finished, limited), "gold_": (references,) * 2, "random_": (baseline,) * 2}
     for source, (whole, sonnets) in sources.items():
         targets = references * (len(sonnets) // len(references))
-        values = sonnet_form(whole, train) | {
-            "chrf": chrf(list(map(continuation, sonnets)), list(map(continuation, targets))),
-            "chrf_with_prompt": chrf(sonnets, targets),
-        }
+        values = sonnet_form(whole, train)
+        values["chrf"] = chrf(list(map(continuation, sonnets)), list(map(continuation, targets)))
+        values["chrf_with_prompt"] = chrf(sonnets, targets)
         metrics |= {f"{source}{split}_{name}": value for name, value in values.items()}
     return metrics
-
-
-def finished_lines(text: Continuation) -> str:
-    """The text without its last line, if that was cut off."""
-    return text.text if text.ended else text.text.rpartition("\n")[0]
 
 
 def chrf(texts: list[str], references: list[str]) -> float:
@@ -96,11 +90,9 @@ def five_grams(text: str) -> list[tuple[str, ...]]:
 
 def line_ending(line: str) -> set[str]:
     """The sounds that the last word of a line may rhyme on; empty if CMUdict does not know it."""
-    phones = []
-    for word in words(line)[-1:]:
-        lookup = pronouncing.phones_for_word
-        phones = lookup(word) or lookup(re.sub("'d$", "ed", word))  # cross'd is crossed
-    return {re.sub(r"\d", "", pronouncing.rhyming_part(phone)) for phone in phones}
+    last = (words(line) or [""])[-1]
+    phones = phones_for_word(last) or phones_for_word(re.sub("'d$", "ed", last))  # cross'd, crossed
+    return {re.sub(r"\d", "", rhyming_part(phone)) for phone in phones}
 
 
 def rhyme(first: str, second: str) -> bool | None:

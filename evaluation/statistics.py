@@ -38,10 +38,9 @@ class Difference:
 
     @cached_property
     def bootstrap(self) -> np.ndarray:
-        """Sorted means of texts that are drawn with replacement."""
+        """Means of texts that are drawn with replacement."""
         settings = {"n_resamples": SAMPLES, "batch": 1000, "method": "percentile", "rng": 0}
-        sample = stats.bootstrap((self.by_text,), np.mean, **settings)
-        return np.sort(sample.bootstrap_distribution)
+        return stats.bootstrap((self.by_text,), np.mean, **settings).bootstrap_distribution
 
     def over_seeds(self, level: float = LEVEL) -> Interval:
         """For other seeds and the same texts: Student's t of the mean difference of each seed."""

@@ -9,11 +9,9 @@ from config import ROOT
 from evaluation.statistics import Difference, Interval, verdicts
 
 COST = ["seconds_per_epoch", "peak_memory_gb"]
-COLUMNS = "dev_loss test_loss test_bits_per_character dev_accuracy test_accuracy test_macro_f1 "
-COLUMNS += (
-    "test_chrf test_rhymes test_14_line_rate test_copied_5grams trainable_parameters best_epoch"
-)
-COLUMNS = [*COLUMNS.split(), *COST]  # of the first table
+COLUMNS = """dev_loss test_loss test_bits_per_character dev_accuracy test_accuracy test_macro_f1
+test_chrf test_rhymes test_14_line_rate test_copied_5grams trainable_parameters best_epoch
+seconds_per_epoch peak_memory_gb""".split()  # of the first table
 NOTES = """Losses are in nats per token, or per pair; a sonnet counts by its share of the tokens.
 The interval over seeds (Student's t) is about other training runs and the same texts, that over
 texts (bootstrap) about other texts and the same runs. A verdict uses the interval over both (over
@@ -22,7 +20,6 @@ interval without zero may stay undecided. Dev metrics also chose epochs and cand
 of training alone, and memory is the peak of the process, both of runs with --jobs 1."""
 SOURCES = {"Shakespeare": "gold_", "random lines": "random_"}  # of texts without a model
 Comparisons = Mapping[str, Iterable[str]]  # baseline -> rows
-Differences = dict[tuple[str, str], dict[str, Difference]]  # metric, baseline -> row -> difference
 
 
 def metric_by_seed(runs: pd.DataFrame, texts: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -42,35 +39,26 @@ def metric_by_seed(runs: pd.DataFrame, texts: pd.DataFrame, metric: str) -> pd.D
 
 
 def compare(
-    comparisons: Comparisons, metrics: Iterable[str], runs: pd.DataFrame, texts: pd.DataFrame
-) -> Differences:
-    """The differences of rows to their baselines, over the seeds that both rows finished."""
-    differences = {}
-    for metric in metrics:
+    comparisons: Comparisons, margins: dict[str, float], runs: pd.DataFrame, texts: pd.DataFrame
+) -> pd.DataFrame:
+    """The differences of rows to their baselines over common seeds: intervals and verdicts."""
+    records = []
+    for metric, margin in margins.items():
         values = metric_by_seed(runs, texts, metric)
-        found = set(values.index.get_level_values("row"))
+        found = set(values.index.unique("row"))
         for baseline, rows in comparisons.items():
             others = [row for row in rows if row != baseline and {row, baseline} <= found]
             frames = {row: (values.loc[row] - values.loc[baseline]).dropna() for row in others}
-            members = {row: Difference(frame.to_numpy()) for row, frame in frames.items()}
-            members = {row: member for row, member in members.items() if member.values.size}
-            differences[metric, baseline] = members
-    return differences
-
-
-def difference_table(differences: Differences, margins: dict[str, float]) -> pd.DataFrame:
-    """One record per difference, with its intervals and its verdict."""
-    records = []
-    for (metric, baseline), members in differences.items():
-        intervals = [d.over_seeds if metric in COST else d.over_both for d in members.values()]
-        decided = verdicts(intervals, margins[metric])
-        for (row, difference), verdict in zip(members.items(), decided, strict=True):
-            record = {"row": row, "metric": metric, "baseline": baseline}
-            record["difference"] = f"{difference.mean:+.3f}"
-            record["95 % CI over seeds"] = format_interval(difference.over_seeds())
-            record["95 % CI over texts"] = format_interval(difference.over_texts())
-            record["95 % CI over both"] = format_interval(difference.over_both())
-            records.append(record | {"margin": margins[metric] or "", "verdict": verdict})
+            members = {row: Difference(f.to_numpy()) for row, f in frames.items() if len(f)}
+            intervals = [d.over_seeds if metric in COST else d.over_both for d in members.values()]
+            decided = verdicts(intervals, margin)
+            for (row, difference), verdict in zip(members.items(), decided, strict=True):
+                record = {"row": row, "metric": metric, "baseline": baseline}
+                record["difference"] = f"{difference.mean:+.3f}"
+                record["95 % CI over seeds"] = format_interval(difference.over_seeds())
+                record["95 % CI over texts"] = format_interval(difference.over_texts())
+                record["95 % CI over both"] = format_interval(difference.over_both())
+                records.append(record | {"margin": margin or "", "verdict": verdict})
     return pd.DataFrame(records)
 
 
@@ -94,21 +82,20 @@ def markdown(table: pd.DataFrame) -> str:
     return table.to_markdown(disable_numparse=True, index=table.index.name is not None)
 
 
-def report(runs: pd.DataFrame, differences: Differences, margins: dict[str, float]) -> list[str]:
+def report(runs: pd.DataFrame, differences: pd.DataFrame) -> list[str]:
     """The sections of the report."""
-    sections = [markdown(means_table(runs))]
-    if any(differences.values()):
-        sections.append(markdown(difference_table(differences, margins)))
+    tables = [markdown(table) for table in (means_table(runs), differences) if len(table)]
     commits = runs[["commit", "dtype"]].fillna("no commit").value_counts()
     shown = ", ".join(f"{count} of {' '.join(key)}" for key, count in commits.items())
-    return [*sections, NOTES, f"Runs by commit (+: edited code) and precision: {shown}."]
+    return [*tables, NOTES, f"Runs by commit (+: edited code) and precision: {shown}."]
 
 
 def means_table(runs: pd.DataFrame) -> pd.DataFrame:
     """Mean and deviation over seeds of the main metrics; then baselines without a model."""
     pooled = runs.groupby(["row", "seed"], sort=False).mean(numeric_only=True)  # over folds
-    columns = [name for name in COLUMNS if name in pooled.dropna(axis="columns", how="all")]
-    table = pooled[columns].groupby("row", sort=False).agg(format_values)
+    table = pooled.filter(COLUMNS).dropna(axis="columns", how="all")
+    columns = list(table)
+    table = table.groupby("row", sort=False).agg(format_values)
     by_row = runs.groupby("row")
     table["seeds"] = by_row["seed"].nunique().astype(str)
     if runs["chosen"].any():

@@ -15,7 +15,7 @@ from config import ROOT, InputError
 from datasets import read_sonnets
 from evaluation import tables
 from evaluation.tables import metric_by_seed
-from experiments import EXPERIMENTS, Experiment, absolute, is_chosen, make_jobs, write_folds
+from experiments import EXPERIMENTS, Experiment, make_jobs, write_folds
 
 SCRIPT = '''
 """A task that takes no time; its loss is --lr plus the last digit of the seed."""
@@ -34,7 +34,7 @@ if options.lr > 2:
     sys.stderr.buffer.write(b"some \\xff\\nerror: the loss is nan\\n")
     sys.exit(1)
 folder, loss = pathlib.Path(options.out_dir), options.lr + options.seed % 10
-assert pathlib.Path.cwd() == folder
+folder.mkdir()
 (folder / "threads").write_text(os.environ["OMP_NUM_THREADS"])
 config = {"commit": "123456789012+", "dtype": "float32"}
 (folder / "config.json").write_text(json.dumps(config))
@@ -69,7 +69,7 @@ def task(tmp_path, monkeypatch):
 
 def set_rows(monkeypatch, rows, **settings):
     """Rows are compared with the row `one`."""
-    experiment = Experiment("fake_task", rows, {"one": rows}, {"dev_loss": 1.5}, **settings)
+    experiment = Experiment("fake_task.py", rows, {"one": rows}, {"dev_loss": 1.5}, **settings)
     monkeypatch.setitem(EXPERIMENTS, "fake", experiment)
 
 
@@ -237,39 +237,16 @@ def test_options_that_are_set_for_each_run_are_rejected(task, option):
     assert task() == []
 
 
-@pytest.mark.parametrize(
-    ("words", "rows"),
-    [
-        (["LoRA"], ["LoRA"]),  # the whole name of a row
-        (["LoR"], ["LoRA", "LoRA, rank 4"]),
-        (["rank", "full"], ["full", "LoRA, rank 4"]),
-        (["base"], []),
-    ],
-)
-def test_rows_are_chosen_by_words_or_whole_names(words, rows):
-    """Otherwise nothing could select a row whose name is a part of another's."""
-    names = ["full", "LoRA", "LoRA, rank 4"]
-    assert [row for row in names if is_chosen(row, words, names)] == rows
-
-
-def test_paths_of_given_options_are_absolute(tmp_path, monkeypatch):
-    """Each run has a working directory of its own; other words stay as they are."""
-    (tmp_path / "a.csv").touch()
-    monkeypatch.chdir(tmp_path)
-    words = ["--data", "a.csv", "--data=a.csv", "--lr=1", "", "b.csv"]
-    path = str(tmp_path / "a.csv")
-    assert list(map(absolute, words)) == ["--data", path, f"--data={path}", "--lr=1", "", "b.csv"]
-
-
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_can_be_run(name, tmp_path):
     """Its options exist and differ within a row, and comparisons are of its rows."""
     experiment = EXPERIMENTS[name]
-    scripts = {module.__name__: module for module in (sonnet_generation, paraphrase_detection)}
+    script, *outputs = experiment.script.format(tmp_path, tmp_path).split()
+    modules = {f"{task.__name__}.py": task for task in (sonnet_generation, paraphrase_detection)}
     found = set()
     for job in make_jobs(experiment, [""], [], tmp_path):
-        values = vars(scripts[experiment.script].parse_options([*job.arguments]))
-        found.add((job.row, json.dumps(values, sort_keys=True)))
+        values = vars(modules[script].parse_options([*outputs, *job["arguments"]]))
+        found.add((job["row"], json.dumps(values, sort_keys=True)))
     folds = 11 if experiment.cross_validation else 1
     count = sum(len(c) if isinstance(c, dict) else 1 for c in experiment.rows.values())
     assert len(found) == count * folds
@@ -281,11 +258,11 @@ def test_given_options_replace_the_model_and_not_the_row(tmp_path):
     """A base model stays untrained, and the report's settings are those of another model."""
     extra = ["--model_size", "gpt2", "--epochs", "1"]
     for job in make_jobs(EXPERIMENTS["sonnets"], [""], extra, tmp_path):
-        options = sonnet_generation.parse_options([*job.arguments])
-        assert options.epochs == (0 if job.row == "base model" else 1)
+        options = sonnet_generation.parse_options(job["arguments"])
+        assert options.epochs == (0 if job["row"] == "base model" else 1)
         assert options.model_size == "gpt2"
     for job in make_jobs(EXPERIMENTS["sonnets"], ["report"], [], tmp_path):
-        assert sonnet_generation.parse_options([*job.arguments]).model_size == "tiny"
+        assert sonnet_generation.parse_options(job["arguments"]).model_size == "tiny"
 
 
 def test_values_of_texts_by_hand():
