@@ -18,7 +18,6 @@ from config import ROOT, InputError, SamplingConfig, check_number
 from datasets import (
     SonnetsDataset,
     continuation,
-    decode_text,
     note_repeated_texts,
     read_sonnets,
     sonnet_prompt,
@@ -178,7 +177,8 @@ def generate_only(options: Namespace, hardware: opt.Hardware) -> None:
 def read_prompt(text: str) -> str:
     """The text of --prompt; - reads standard input. Raises InputError for an empty text."""
     if text == "-":
-        text = decode_text(sys.stdin.buffer.read())
+        sys.stdin.reconfigure(encoding="utf-8-sig")
+        text = sys.stdin.read()
     if not text.strip():
         raise InputError(f"--prompt {text!r} is empty; give a text")
     return text
