@@ -70,11 +70,8 @@ class Settings:
     def __post_init__(self) -> None:
         for entry in dataclasses.fields(self):
             value = getattr(self, entry.name)
-            choices = entry.metadata["option"].get("choices")
             if entry.type in (int, float):
                 check_number(entry.name, value, entry.metadata["limits"], entry.type)
-            elif isinstance(value, str) and value not in choices:
-                raise InputError(f"{entry.name} must be one of {', '.join(choices)}, not {value}")
 
 
 @dataclass(frozen=True)
