@@ -96,8 +96,7 @@ class LoRAConfig(Settings):
         if not targets or not set(targets) <= set(LINEARS):
             names, given = ", ".join(LINEARS), ", ".join(targets) or "empty"
             raise InputError(f"lora_targets must be all or some of {names}, not {given}")
-        in_order = tuple(name for name in LINEARS if name in targets)
-        object.__setattr__(self, "targets", in_order)
+        object.__setattr__(self, "targets", tuple(name for name in LINEARS if name in targets))
 
 
 @dataclass(frozen=True)

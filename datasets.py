@@ -49,24 +49,23 @@ def read_table(path: str | Path, delimiter: str, columns: tuple[str, ...]) -> pd
     source = (line + "\n" for line in text_lines)
     csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
     reader = csv.reader(source, delimiter=delimiter, quoting=quoting, strict=True)
-    records, lines = [], []
+    records = {}  # by the line that each ends in
     try:
+        header = next(filter(None, reader), [])
         for record in filter(None, reader):
-            records.append(record)
-            lines.append(reader.line_num)
-            if len(record) != len(records[0]):
-                raise csv.Error(f"{len(record)} fields; the header has {len(records[0])}")
+            records[reader.line_num] = record
+            if len(record) != len(header):
+                raise csv.Error(f"{len(record)} fields; the header has {len(header)}")
             if delimiter == "\t" and any("\t" in field for field in record):
                 raise csv.Error("a field contains a tab")
     except csv.Error as error:
         place = f"{path}, line {reader.line_num}"
         raise InputError(f"{place}: {error}; is a quote missing, or not closed?") from error
-    header = records[0] if records else []
     missing = ", ".join(name for name in columns if header.count(name) != 1)
     if missing:
         names = ", ".join(header)[:200]
         raise InputError(f"{path} has no column {missing}, or several; its columns are {names}")
-    table = pd.DataFrame(records[1:], lines[1:], header, dtype=str)
+    table = pd.DataFrame(list(records.values()), list(records), header, dtype=str)
     return table.loc[:, ~table.columns.duplicated()]
 
 
@@ -131,9 +130,7 @@ def read_pairs(path: str | Path) -> pd.DataFrame:
     pairs = table[["sentence1", "sentence2"]].map(undo_double_quoting)
     pairs.insert(0, "id", table["id"].str.strip())
     pairs["label"] = table["is_duplicate"].str.strip() if "is_duplicate" in table else ""
-    check_values(
-        path, pairs["label"], "|[01](?:[.]0)?", "write 0 or 1, or nothing to skip the pair"
-    )
+    check_values(path, pairs["label"], "|[01](?:[.]0)?", "write 0 or 1, or leave it empty")
     check_values(path, pairs["id"], "[^,\n]+", "write an id without commas and line breaks")
     check_unique(path, pairs["id"])
     return pairs.assign(label=pd.to_numeric(pairs["label"].replace("", None)).astype(float))
