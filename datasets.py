@@ -23,7 +23,7 @@ QUOTED_FIELD = r'"(?:[^"]|"")*"'
 def read_text(path: str | Path) -> str:
     """A UTF-8 file with line ends as \\n; raises InputError if it is not text or not there."""
     try:
-        text = decode_text(Path(path).read_bytes())
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); check the path") from error
     except UnicodeDecodeError as error:
@@ -33,13 +33,8 @@ def read_text(path: str | Path) -> str:
     return text
 
 
-def decode_text(data: bytes) -> str:
-    """The text of UTF-8 bytes, without a byte order mark and carriage returns."""
-    return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-
-
 def read_table(path: str | Path, delimiter: str, columns: tuple[str, ...]) -> pd.DataFrame:
-    """All records of a table as strings, with the line that each record ends in as `line`.
+    """All records of a table as strings; the index is the line that each record ends in.
 
     The file must be strict CSV. But a tab-separated file may contain quotation marks that are not
     CSV quoting: if some field does, and all lines have the same number of tabs, quotes are read
@@ -54,25 +49,24 @@ def read_table(path: str | Path, delimiter: str, columns: tuple[str, ...]) -> pd
     source = (line + "\n" for line in text_lines)
     csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
     reader = csv.reader(source, delimiter=delimiter, quoting=quoting, strict=True)
-    records, lines = [], []
+    records = {}  # by the line that each ends in
     try:
+        header = next(filter(None, reader), [])
         for record in filter(None, reader):
-            records.append(record)
-            lines.append(reader.line_num)
-            if len(record) != len(records[0]):
-                raise csv.Error(f"{len(record)} fields; the header has {len(records[0])}")
+            records[reader.line_num] = record
+            if len(record) != len(header):
+                raise csv.Error(f"{len(record)} fields; the header has {len(header)}")
             if delimiter == "\t" and any("\t" in field for field in record):
                 raise csv.Error("a field contains a tab")
     except csv.Error as error:
         place = f"{path}, line {reader.line_num}"
         raise InputError(f"{place}: {error}; is a quote missing, or not closed?") from error
-    header = records[0] if records else []
     missing = ", ".join(name for name in columns if header.count(name) != 1)
     if missing:
         names = ", ".join(header)[:200]
         raise InputError(f"{path} has no column {missing}, or several; its columns are {names}")
-    table = pd.DataFrame(records[1:], columns=header, dtype=str)
-    return table.loc[:, ~table.columns.duplicated()].assign(line=lines[1:])
+    table = pd.DataFrame(list(records.values()), list(records), header, dtype=str)
+    return table.loc[:, ~table.columns.duplicated()]
 
 
 def check_values(path: str | Path, values: pd.Series, pattern: str, advice: str) -> None:
@@ -93,7 +87,7 @@ def read_sonnets(path: str | Path) -> pd.DataFrame:
     Raises InputError, naming file and sonnet, for anything else.
     """
     if Path(path).suffix.lower() == ".csv":
-        sonnets = read_table(path, ",", ("id", "text")).set_index("line")
+        sonnets = read_table(path, ",", ("id", "text"))
     else:
         header, *parts = re.split(r"^[ \t]*([0-9]+)[ \t]*$", read_text(path), flags=re.MULTILINE)
         sonnets = pd.DataFrame({"id": parts[::2], "text": parts[1::2]}, dtype=str)
@@ -132,13 +126,11 @@ def read_pairs(path: str | Path) -> pd.DataFrame:
     `label` is 0.0, 1.0 or NaN; a file without the column is_duplicate has only NaN. Raises
     InputError, naming file and line, for a file that is not such a table.
     """
-    table = read_table(path, "\t", ("id", "sentence1", "sentence2")).set_index("line")
+    table = read_table(path, "\t", ("id", "sentence1", "sentence2"))
     pairs = table[["sentence1", "sentence2"]].map(undo_double_quoting)
     pairs.insert(0, "id", table["id"].str.strip())
     pairs["label"] = table["is_duplicate"].str.strip() if "is_duplicate" in table else ""
-    check_values(
-        path, pairs["label"], "|[01](?:[.]0)?", "write 0 or 1, or nothing to skip the pair"
-    )
+    check_values(path, pairs["label"], "|[01](?:[.]0)?", "write 0 or 1, or leave it empty")
     check_values(path, pairs["id"], "[^,\n]+", "write an id without commas and line breaks")
     check_unique(path, pairs["id"])
     return pairs.assign(label=pd.to_numeric(pairs["label"].replace("", None)).astype(float))
@@ -163,17 +155,17 @@ def note_repeated_texts(splits: dict[str, list[list[str]]]) -> None:
     An example is a list of texts.
     """
     keys = {
-        split: [frozenset(re.sub(r"\W+", " ", t.lower()).strip() for t in e) for e in examples]
+        split: {frozenset(re.sub(r"\W+", " ", t.lower()).strip() for t in e) for e in examples}
         for split, examples in splits.items()
     }
     for one, other in combinations(keys, 2):
-        count = len(set(keys[one]) & set(keys[other]))
-        if count:
+        if keys[one] & keys[other]:
+            count = len(keys[one] & keys[other])
             print(f"note: {count} texts of {other} also occur in {one}")
 
 
 class TextDataset:
-    """Base of the datasets: `batches` of indices and, in subclasses, `collate`."""
+    """Base of the datasets, which add `collate`: the tensors that a model's `loss` takes."""
 
     lengths: list[int]  # tokens per example, with the padding of a pair's shorter text
     pool = 8  # batches that are sorted by length together
@@ -190,10 +182,6 @@ class TextDataset:
         for bucket in split(order, self.pool * batch_size):
             batches += split(sorted(bucket, key=self.lengths.__getitem__), batch_size)
         return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
-
-    def collate(self, indices: list[int]) -> dict[str, Tensor]:
-        """The tensors that the model's `loss` takes."""
-        raise NotImplementedError
 
     def num_targets(self, indices: list[int]) -> int:
         """The number of labels, of which `loss` is the mean."""
@@ -212,9 +200,8 @@ class SonnetsDataset(TextDataset):
         end, limit = require_end_of_text(gpt), gpt.config.n_positions
         self.ids = sonnets["id"].tolist()
         self.sequences, self.characters = [], 0  # of the targets; the end of a text counts as one
-        for number, text, ids in zip(
-            self.ids, sonnets["text"], gpt.encode(sonnets["text"].tolist()), strict=True
-        ):
+        encoded = gpt.encode(sonnets["text"].tolist())
+        for number, text, ids in zip(self.ids, sonnets["text"], encoded, strict=True):
             if len(ids) > limit:
                 raise InputError(f"sonnet {number} has {len(ids)} tokens; the model reads {limit}")
             self.sequences.append(torch.tensor([*ids, end]))
@@ -250,16 +237,13 @@ class PairsDataset(TextDataset):
         self.gpt, self.separate = gpt, pair_encoding == "separate"
         complete = pairs[["sentence1", "sentence2"]].map(str.strip).ne("").all(axis=1)
         has_labels = pairs["label"].notna()
-        if has_labels.any():
-            complete &= has_labels
+        complete &= has_labels | (not has_labels.any())
         if not complete.any():
             raise InputError("no pair has two texts and, where others have one, a label")
         self.all_ids = pairs["id"].tolist()  # predictions need those of skipped pairs, too
         self.skipped_lines, pairs = pairs.index[~complete].tolist(), pairs[complete]
         self.ids = pairs["id"].tolist()
-        self.labels = None
-        if has_labels.any():
-            self.labels = torch.tensor(pairs["label"].to_numpy(int))
+        self.labels = torch.tensor(pairs["label"].to_numpy(int)) if has_labels.any() else None
         dtype = np.uint16 if gpt.config.vocab_size <= 2**16 else np.int32
         self.texts, self.truncated_lines = [], []  # token ids of the texts of each pair
         chunks = split(list(pairs[["sentence1", "sentence2"]].itertuples(name=None)), 4096)

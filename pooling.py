@@ -102,15 +102,12 @@ class MultiHeadPooling(Pooling):
         attention_penalty: float = 0.0,
         vector_penalty: float = 0.0,
     ) -> None:
-        check_number("the number of pooling heads", heads, (1, 100), int)
-        for penalty in (parameter_penalty, attention_penalty, vector_penalty):
-            check_number("a penalty", penalty, (0, math.inf), float)
         super().__init__(heads * width)
+        self.penalties = parameter_penalty, attention_penalty, vector_penalty
+        for penalty in self.penalties:
+            check_number("a penalty", penalty, (0, math.inf), float)
         self.inner = nn.ModuleList(nn.Linear(width, width // 2) for _ in range(heads))
         self.outer = nn.ModuleList(nn.Linear(width // 2, width) for _ in range(heads))
-        self.parameter_penalty = parameter_penalty
-        self.attention_penalty = attention_penalty
-        self.vector_penalty = vector_penalty
 
     def attention(self, hidden: Tensor, attention_mask: Tensor) -> list[Tensor]:
         """A^i of each head, (B, T, C)."""
@@ -122,8 +119,7 @@ class MultiHeadPooling(Pooling):
     def vectors(self, hidden: Tensor, attention_mask: Tensor) -> list[Tensor]:
         """v^i of each head, (B, C)."""
         hidden = fill_padding(hidden, attention_mask, 0)
-        attention = self.attention(hidden, attention_mask)
-        return [(weights * hidden).sum(1) for weights in attention]
+        return [(weights * hidden).sum(1) for weights in self.attention(hidden, attention_mask)]
 
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         return torch.cat(self.vectors(hidden, attention_mask), dim=1)
@@ -132,15 +128,12 @@ class MultiHeadPooling(Pooling):
         return torch.stack(self.attention(hidden, attention_mask)).mean((0, 3))
 
     def penalty(self, hidden: Tensor, attention_mask: Tensor) -> Tensor | float:
-        parameters = [inner.weight[None] for inner in self.inner]
-        total = self.parameter_penalty * similarity_penalty(parameters)
+        parameter, attention, vector = self.penalties
+        total = parameter * similarity_penalty([inner.weight[None] for inner in self.inner])
         # Computed again rather than kept from forward: these two are rarely used.
-        if self.attention_penalty:
-            attention = self.attention(hidden, attention_mask)
-            total += self.attention_penalty * similarity_penalty(attention)
-        if self.vector_penalty:
-            vectors = self.vectors(hidden, attention_mask)
-            total += self.vector_penalty * similarity_penalty(vectors)
+        if attention or vector:
+            total += attention * similarity_penalty(self.attention(hidden, attention_mask))
+            total += vector * similarity_penalty(self.vectors(hidden, attention_mask))
         return total
 
 

@@ -150,7 +150,8 @@ def generate_only(options: Namespace, hardware: opt.Hardware) -> None:
 def read_prompt(text: str) -> str:
     """The text of --prompt; - reads standard input. Raises InputError for an empty text."""
     if text == "-":
-        text = data.decode_text(sys.stdin.buffer.read())
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
+        text = sys.stdin.read()
     if not text.strip():
         raise InputError(f"--prompt {text!r} is empty; give a text")
     return text

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from config import ROOT, InputError, LoRAConfig
 from lora import apply_lora, backbone, lora_layers
 from models.gpt2 import GPT2Model
-from models.hugging_face import CONV1D_LAYERS
+from models.hugging_face import CONV1D_LAYERS, input_errors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # Settings of PEFT that are read here or do not change the result. The tensors say which layers are
@@ -110,21 +110,17 @@ def load_model(folder: str | Path) -> GPT2Model:
         return GPT2Model.from_pretrained(folder)
     base = read_settings(Path(folder)).get("base_model_name_or_path") or ""
     inside = ROOT / base  # paths inside of the project are relative to it
-    try:
+    with input_errors(f"{folder} is an adapter of the base model {base!r}"):
         gpt = GPT2Model.from_pretrained(inside if (inside / "config.json").is_file() else base)
-    except InputError as error:
-        raise InputError(f"{folder} is an adapter of the base model {base!r}: {error}") from error
     return load_adapter(gpt, folder)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """The adapter_config.json of a folder; raises InputError for settings that we lack."""
     path = folder / CONFIG_FILE
-    try:
+    with input_errors(f"{path} is not the settings of a LoRA adapter"):
         settings = dict(json.loads(path.read_text(encoding="utf-8")))
-        float(settings["lora_alpha"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path} is not the settings of a LoRA adapter ({error!r})") from error
+        float(settings["lora_alpha"] / settings["r"])
     rejected = [
         name
         for name, value in settings.items()
@@ -136,20 +132,16 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors by Hugging Face's names, in float32, and the note of save_adapter, if any."""
     tensors = {}
-    try:
-        with safe_open(folder / WEIGHTS_FILE, "pt") as file:
-            note = dict(json.loads((file.metadata() or {}).get("adapter", "{}")))
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                plain = name.removeprefix("base_model.model.").removeprefix("transformer.")
-                tensors[plain] = file.get_tensor(name).float()
-    except Exception as error:  # of the system, JSON or safetensors
-        raise InputError(f"{folder} is not a readable LoRA adapter ({error!r})") from error
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise InputError(f"{folder}: {name} is not finite; train the adapter again")
+    with input_errors(f"{path} cannot be read"), safe_open(path, "pt") as file:
+        note = dict(json.loads((file.metadata() or {}).get("adapter", "{}")))
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            tensor = file.get_tensor(name).float()
+            if not tensor.isfinite().all():
+                raise InputError(f"{name} is not finite; train the adapter again")
+            tensors[re.sub(r"^base_model\.model\.(transformer\.)?", "", name)] = tensor
     return tensors, note
 
 
@@ -160,13 +152,13 @@ def read_adapter(
 
     `base` is the GPT-2's base_sha256. All layers get one rank and scaling.
     """
-    settings, (tensors, note) = read_settings(folder), read_tensors(folder)
+    settings, (tensors, note) = read_settings(folder), read_tensors(folder / WEIGHTS_FILE)
     expected = str(note.get("base_sha256", base))
     if base != expected:
         name = settings.get("base_model_name_or_path")
         hashes = f"SHA-256 {expected[:12]}..., not {base[:12]}..."
         raise InputError(f"{folder} was trained on another base ({hashes}): load {name}")
-    layers = {}  # name -> A, B, scaling
+    matrices, common = {}, settings["lora_alpha"] / settings["r"] or 1.0
     for layer in range(gpt.config.n_layer):
         for theirs, ours in CONV1D_LAYERS.items():
             pair = [f"h.{layer}.{theirs}.lora_{part}.weight" for part in "AB"]
@@ -174,33 +166,28 @@ def read_adapter(
             if a.ndim == b.ndim == 2 and 0 < len(a) == b.shape[1]:
                 del tensors[pair[0]], tensors[pair[1]]  # the check below names the others
                 scaling = alpha_of(f"h.{layer}.{theirs}", settings) / len(a)
+                b = b * (scaling / common)  # 1 but in PEFT's adapters with patterns
                 for name, part_a, part_b in split_fused(a, b, ours, note):
-                    layers[f"layers.{layer}.{name}"] = part_a, part_b, scaling
-    names = {name.rpartition(".")[2] for name in layers}
-    if tensors or not layers or len(layers) != len(names) * gpt.config.n_layer:
+                    matrices[f"layers.{layer}.{name}"] = part_a, part_b
+    names = {name.rpartition(".")[2] for name in matrices}
+    if tensors or not matrices or len(matrices) != len(names) * gpt.config.n_layer:
         shown = ", ".join([*sorted(tensors), *sorted(names)][:3]) or "nothing"
         raise InputError(f"{folder} is incomplete or for another model: it adapts {shown}")
-    rank = max(len(a) for a, _, _ in layers.values())
-    scalings = {scaling for _, _, scaling in layers.values()}
-    common = scalings.pop() if len(scalings) == 1 and any(scalings) else 1.0  # else B is scaled
-    matrices = {}
-    for name, (a, b, scaling) in layers.items():
-        linear = gpt.get_submodule(name)
-        width_out, width_in = (linear.base if name in lora_layers(gpt) else linear).weight.shape
-        if (b.shape[0], a.shape[1]) != (width_out, width_in):
+    rank, weights = max(len(a) for a, _ in matrices.values()), base_weights(gpt)
+    for name, (a, b) in matrices.items():
+        if (b.shape[0], a.shape[1]) != weights[f"{name}.weight"].shape:
             shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
             raise InputError(f"{folder} is for another model: {name} has A and B of {shapes}")
-        matrices[name] = pad_rank(a, b * (scaling / common), rank)
+        matrices[name] = pad_rank(a, b, rank)
     config = LoRAConfig(rank, common * rank, settings.get("lora_dropout", 0.0), tuple(names))
     return config, matrices
 
 
 def alpha_of(layer: str, settings: dict[str, Any]) -> float:
     """The alpha of one of PEFT's layers; alpha_pattern has regular expressions of name ends."""
-    for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", layer):
-            return float(alpha)
-    return float(settings["lora_alpha"])
+    patterns = settings.get("alpha_pattern") or {}
+    matching = (patterns[p] for p in patterns if re.fullmatch(rf"(.*\.)?({p})", layer))
+    return float(next(matching, settings["lora_alpha"]))
 
 
 def split_fused(
@@ -210,28 +197,26 @@ def split_fused(
 
     In PEFT's own files, q, k and v share A. With a note, there is a block per adapted linear.
     """
-    blocks = dict(zip(names, b.chunk(len(names)), strict=True))
-    if "targets" not in note:
+    blocks = dict(zip(names, b.tensor_split(len(names)), strict=True))
+    if not note:
         return [(name, a, block) for name, block in blocks.items()]
     present = targeted(names, note["targets"])
     rank = note.get("rank", len(a) // len(present))  # older files are not padded
-    starts = range(0, rank * len(present), rank)
-    return [
-        (name, a[start : start + rank], blocks[name][:, start : start + rank])
-        for name, start in zip(present, starts, strict=True)
-    ]
+    pieces = zip(present, a.split(rank), strict=False)  # the rest is padding
+    return [(n, piece, blocks[n].split(rank, 1)[i]) for i, (n, piece) in enumerate(pieces)]
+
+
+def base_weights(module: nn.Module) -> dict[str, Tensor]:
+    """A GPT-2's own weights by their names without adapters."""
+    named = backbone(module).named_parameters()
+    return {n.replace(".base.", "."): weight.detach() for n, weight in named if ".lora_" not in n}
 
 
 def base_sha256(module: nn.Module) -> str:
     """SHA-256 of a GPT-2's own weights in float32, without adapters; identifies the base."""
-    weights = {
-        name.replace(".base.", "."): weight.detach()
-        for name, weight in backbone(module).named_parameters()
-        if ".lora_" not in name
-    }
     digest = hashlib.sha256()
-    for name in sorted(weights):
-        values = weights[name].to("cpu", torch.float32).contiguous()
+    for name, weight in sorted(base_weights(module).items()):
+        values = weight.to("cpu", torch.float32).contiguous()
         digest.update(name.encode() + b"\0")
         digest.update(values.view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -36,7 +36,8 @@ def continue_batch(
         if not 1 <= len(row) < limit:
             shown = prompt[:40]
             raise InputError(f"the prompt {shown!r} has {len(row)} tokens; 1 to {limit - 1} fit")
-    texts = [Text(prompt, sampling.max_lines) for prompt in prompts]
+    new_tokens = [[] for _ in prompts]
+    ended = [has_lines(prompt, sampling.max_lines) for prompt in prompts]
     limits = [min(sampling.max_new_tokens or limit, limit - len(row)) for row in ids]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     # Padded on the left, so that all sequences end at the same position.
@@ -46,7 +47,7 @@ def continue_batch(
     seen.scatter_(1, tokens, mask)
     cache = KVCache(gpt.config, len(ids), tokens.shape[1] + max(limits))
     for step in trange(max(limits), desc="generating", unit="token", leave=False, disable=None):
-        running = [not t.ended and step < n for t, n in zip(texts, limits, strict=True)]
+        running = [not end and step < n for end, n in zip(ended, limits, strict=True)]
         if not any(running):
             break
         hidden = gpt(tokens, mask, cache)["last_token"]
@@ -58,37 +59,23 @@ def continue_batch(
         seen.scatter_(1, tokens, True)
         # A finished text stays in the batch as masked padding.
         mask = torch.cat([mask, torch.tensor(running, device=device)[:, None]], 1)
-        for text, token, runs in zip(texts, tokens[:, 0].tolist(), running, strict=True):
-            if runs:
-                text.append(token, gpt)
-    return [Continuation(text.decode(gpt), text.ended) for text in texts]
+        for i, token in enumerate(tokens[:, 0].tolist()):
+            if running[i] and token == gpt.end_of_text:
+                ended[i] = True
+            elif running[i]:
+                new_tokens[i].append(token)
+                if "\n" in gpt.decode([token]):
+                    text = prompts[i] + gpt.decode(new_tokens[i])
+                    ended[i] = has_lines(text, sampling.max_lines)
+    texts = [p + gpt.decode(new) for p, new in zip(prompts, new_tokens, strict=True)]
+    texts = [first_lines(text, sampling.max_lines) for text in texts]
+    texts = [max(pair, key=len) for pair in zip(prompts, texts, strict=True)]  # whole prompts
+    return list(map(Continuation, texts, ended))
 
 
-class Text:
-    """A prompt and its new tokens; `ended` after the end-of-text token or the last line."""
-
-    def __init__(self, prompt: str, max_lines: int) -> None:
-        self.prompt, self.max_lines = prompt, max_lines
-        self.tokens: list[int] = []
-        self.ended = self.has_all_lines(prompt)
-
-    def append(self, token: int, gpt: GPT2Model) -> None:
-        """Add a token, or end the text."""
-        if token == gpt.end_of_text:
-            self.ended = True
-            return
-        self.tokens.append(token)
-        if "\n" in gpt.decode([token]):
-            self.ended = self.has_all_lines(self.prompt + gpt.decode(self.tokens))
-
-    def has_all_lines(self, text: str) -> bool:
-        """Whether `max_lines` lines that are not empty have ended (0: no limit)."""
-        return 0 < self.max_lines <= len(re.findall(r"\S.*\n", text))
-
-    def decode(self, gpt: GPT2Model) -> str:
-        """The text up to the end of its `max_lines`th line, but at least the prompt."""
-        text = self.prompt + gpt.decode(self.tokens)
-        return max(self.prompt, first_lines(text, self.max_lines), key=len)
+def has_lines(text: str, count: int) -> bool:
+    """Whether `count` lines that are not empty have ended (0: no limit)."""
+    return 0 < count <= len(re.findall(r"\S.*\n", text))
 
 
 def first_lines(text: str, count: int) -> str:

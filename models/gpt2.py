@@ -121,20 +121,12 @@ class GPT2Model(nn.Module):
         """
         from models import hugging_face  # here: this file runs without it, and it imports slowly
 
-        loaded = hugging_face.load(model)
-        config = loaded.config
-        for name, expected, actual in (
-            ("d", d, config.n_embd),
-            ("l", l, config.n_layer),
-            ("num_heads", num_heads, config.n_head),
-        ):
+        gpt = hugging_face.load(model)
+        sizes = {"d": gpt.config.n_embd, "l": gpt.config.n_layer, "num_heads": gpt.config.n_head}
+        for (name, actual), expected in zip(sizes.items(), (d, l, num_heads), strict=True):
             if expected not in (None, actual):
                 raise InputError(f"{model} has {name}={actual}, not {expected}; leave it out")
-        with torch.device("meta"):  # no random initialization
-            gpt = cls(config)
-        gpt.load_state_dict(loaded.state, assign=True)
-        gpt.name, gpt.tokenizer, gpt.settings = loaded.name, loaded.tokenizer, loaded.settings
-        return gpt.eval()
+        return gpt
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that GPT2LMHeadModel and AutoTokenizer read, with the loaded settings.

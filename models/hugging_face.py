@@ -9,18 +9,16 @@ import dataclasses
 import json
 import re
 import shutil
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 import transformers
 from huggingface_hub import model_info, snapshot_download
-from torch import Tensor
 from transformers.utils import logging
 
 from config import ROOT, GPT2Config, InputError
+from models.gpt2 import GPT2Model
 
 logging.set_verbosity(logging.CRITICAL)  # errors are reported as InputError
 logging.disable_progress_bar()
@@ -33,8 +31,13 @@ CONV1D_LAYERS = {  # Hugging Face's Conv1D layers in h.N and ours; c_attn fuses 
     "mlp.c_fc": ("interm_dense",),
     "mlp.c_proj": ("out_dense",),
 }
-NORMS = {"ln_1": ("attention_norm",), "ln_2": ("feed_forward_norm",)}
-MASK_BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias")  # in the published gpt2
+OTHER_PARTS = {
+    "wte": ("token_embedding",),
+    "wpe": ("position_embedding",),
+    "ln_1": ("attention_norm",),
+    "ln_2": ("feed_forward_norm",),
+    "ln_f": ("final_norm",),
+}
 # config.json: the values that this GPT-2 implements, the first being transformers' default
 SUPPORTED = {
     "model_type": ("gpt2",),
@@ -48,24 +51,14 @@ SUPPORTED = {
 
 
 class StrictGPT2(transformers.GPT2LMHeadModel):
-    """Reports every unexpected tensor; transformers hides more than mask buffers."""
+    """Reports every unexpected tensor but the causal masks of the published gpt2."""
 
     def post_init(self) -> None:
         super().post_init()
-        self._keys_to_ignore_on_load_unexpected = set()
+        self._keys_to_ignore_on_load_unexpected = {r"h\.\d+\.attn\.(masked_)?bias$"}
 
 
-class Loaded(NamedTuple):
-    """The contents of a model folder."""
-
-    name: str  # a size name or path, relative if it is inside of the project
-    config: GPT2Config
-    state: dict[str, Tensor]  # in float32, with our names
-    tokenizer: Any
-    settings: tuple[Any, Any]  # transformers' configuration and generation configuration
-
-
-def load(model: str | Path) -> Loaded:
+def load(model: str | Path) -> GPT2Model:
     """Load a size name or folder; raises InputError for a model that cannot be used."""
     folder = find_model(model)
     config = read_config(folder)
@@ -76,15 +69,20 @@ def load(model: str | Path) -> Loaded:
     if config.eos_token_id is None and tokenizer.eos_token_id in range(config.vocab_size):
         config = dataclasses.replace(config, eos_token_id=tokenizer.eos_token_id)
     theirs = read_weights(folder)
-    settings = theirs.config, theirs.generation_config
-    tensors = theirs.transformer.state_dict()
+    with torch.device("meta"):  # no random initialization
+        gpt = GPT2Model(config)
+    gpt.tokenizer, gpt.settings = tokenizer, (theirs.config, theirs.generation_config)
+    inside = folder.resolve().as_posix().removeprefix(f"{ROOT.as_posix()}/")
+    gpt.name = inside if folder in (BUNDLED_MODEL, Path(model)) else str(model)
+    tensors, state = theirs.transformer.state_dict(), {}
     del theirs  # so that each tensor is freed once it is converted
-    name, path = str(model), folder.resolve()
-    if path.is_relative_to(ROOT):
-        name = path.relative_to(ROOT).as_posix()
-    elif folder == Path(model):
-        name = str(path)
-    return Loaded(name, config, from_hugging_face(tensors, config), tokenizer, settings)
+    for name in list(tensors):
+        ours = our_names(name)
+        for our_name, part in zip(ours, tensors.pop(name).chunk(len(ours), -1), strict=True):
+            part = part.t() if ".c_" in name else part  # Conv1D holds (in, out)
+            state[our_name] = part.clone(memory_format=torch.contiguous_format)
+    gpt.load_state_dict(state, assign=True)
+    return gpt.eval()
 
 
 def find_model(model: str | Path) -> Path:
@@ -106,26 +104,22 @@ def find_model(model: str | Path) -> Path:
             if list(folder.glob("*model.*")) and list(folder.glob("*vocab.json")):
                 return folder
     files = ["*.json", "model.safetensors", "merges.txt"]
-    try:
+    advice = (
+        "use --model_size tiny, or the folder of a model, or set HF_HOME to a cache that has it"
+    )
+    with input_errors(f"{name} is not in the local cache and cannot be downloaded; {advice}"):
         # A failing download retries for minutes. One request tells whether the hub can be reached.
         model_info(HUB_ORGANIZATION + name, timeout=10)
         return Path(snapshot_download(HUB_ORGANIZATION + name, allow_patterns=files))
-    except Exception as error:  # the errors of the hub client, its HTTP library and the system
-        raise InputError(
-            f"{name} is not in the local cache and cannot be downloaded ({type(error).__name__}). "
-            "Use --model_size tiny, or the folder of a model, or set HF_HOME to a cache that has it"
-        ) from error
 
 
 @contextlib.contextmanager
 def input_errors(failure: str) -> Iterator[None]:
-    """Turn the errors of transformers, which have many types, into an InputError."""
+    """Turn the errors of other libraries, which have many types, into an InputError."""
     try:
         yield
-    except MemoryError:
-        raise
     except Exception as error:
-        reason = textwrap.shorten(str(error), 120)
+        reason = " ".join(str(error).split())[:300]
         raise InputError(f"{failure} ({type(error).__name__}: {reason})") from error
 
 
@@ -142,11 +136,9 @@ def read_config(folder: Path) -> GPT2Config:
         settings["eos_token_id"] = tokens if tokens in range(settings["vocab_size"]) else None
         config = GPT2Config(**settings)
     for name, values in (SUPPORTED | {"n_inner": (None, 4 * config.n_embd)}).items():
-        value = raw.get(name, values[0])
+        value, ours = raw.get(name, values[0]), values[-1]
         if value not in values:
-            raise InputError(
-                f"{path} sets {name} to {value!r}; this GPT-2 implements {values[-1]!r}"
-            )
+            raise InputError(f"{path} sets {name} to {value!r}; this GPT-2 implements {ours!r}")
     return config
 
 
@@ -154,19 +146,14 @@ def read_weights(folder: Path) -> StrictGPT2:
     """transformers' model of a folder, in float32; raises InputError, naming wrong tensors."""
     with input_errors(f"{folder}: the weights cannot be read; copy them again"):
         model, info = StrictGPT2.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            local_files_only=True,
+            folder, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
         )
     problems = [
         f"{name} has the shape {tuple(found)}, config.json requires {tuple(expected)}"
         for name, found, expected in sorted(info["mismatched_keys"])
     ]
     problems += [f"{name} is missing" for name in sorted(info["missing_keys"])]
-    unexpected = [name for name in info["unexpected_keys"] if not MASK_BUFFER.fullmatch(name)]
-    problems += [f"{name} is unknown" for name in sorted(unexpected)]
+    problems += [f"{name} is unknown" for name in sorted(info["unexpected_keys"])]
     state = model.state_dict()
     problems += [f"{name} is not finite" for name in state if not state[name].isfinite().all()]
     if not torch.equal(state["lm_head.weight"], state["transformer.wte.weight"]):
@@ -176,53 +163,30 @@ def read_weights(folder: Path) -> StrictGPT2:
     return model
 
 
-def from_hugging_face(tensors: dict[str, Tensor], config: GPT2Config) -> dict[str, Tensor]:
-    """Our state dict of a GPT2Model's tensors: Conv1D holds (in, out), nn.Linear (out, in)."""
-    state = {}
-    for theirs, ours in tensor_names(config.n_layer).items():
-        tensor = tensors.pop(theirs)
-        parts = [part.t() for part in tensor.chunk(len(ours), -1)] if ".c_" in theirs else [tensor]
-        for name, part in zip(ours, parts, strict=True):
-            state[name] = part.clone(memory_format=torch.contiguous_format)
-    return state
+def our_names(theirs: str) -> list[str]:
+    """The names of our parameters that a tensor of Hugging Face's GPT2Model holds."""
+    layer, part, kind = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.(weight|bias)", theirs).groups()
+    prefix = "" if layer is None else f"layers.{layer}."
+    return [f"{prefix}{ours}.{kind}" for ours in (OTHER_PARTS | CONV1D_LAYERS)[part]]
 
 
-def tensor_names(n_layer: int) -> dict[str, tuple[str, ...]]:
-    """For each tensor name of Hugging Face's GPT2Model, the names of ours that it holds."""
-    names = {
-        "wte.weight": ("token_embedding.weight",),
-        "wpe.weight": ("position_embedding.weight",),
-    }
-    for kind in ("weight", "bias"):
-        names[f"ln_f.{kind}"] = (f"final_norm.{kind}",)
-        for layer in range(n_layer):
-            for theirs, ours in (NORMS | CONV1D_LAYERS).items():
-                parts = tuple(f"layers.{layer}.{part}.{kind}" for part in ours)
-                names[f"h.{layer}.{theirs}.{kind}"] = parts
-    return names
-
-
-def save(gpt: Any, folder: Path) -> None:
+def save(gpt: GPT2Model, folder: Path) -> None:
     """Write a GPT2Model as a folder that GPT2LMHeadModel and AutoTokenizer read."""
-    state, tensors = gpt.state_dict(), {}
+    state, end, tensors = gpt.state_dict(), gpt.config.eos_token_id, {}
     if any(".lora_a." in name for name in state):
         raise InputError("the model has LoRA adapters: call merge_lora, or use save_adapter")
-    for theirs, ours in tensor_names(gpt.config.n_layer).items():
-        parts = [state[name].cpu() for name in ours]
-        fused = torch.cat([part.t() for part in parts], -1) if ".c_" in theirs else parts[0]
-        tensors[theirs] = fused.contiguous()
-    if gpt.settings is None:  # of a model that was not loaded
-        end = gpt.config.eos_token_id
-        config = transformers.GPT2Config(**dataclasses.asdict(gpt.config), bos_token_id=end)
-        generation_config = transformers.GenerationConfig(eos_token_id=end)
-    else:
-        config, generation_config = gpt.settings
+    new = transformers.GPT2Config(**dataclasses.asdict(gpt.config), bos_token_id=end)
+    # Without settings, the model was not loaded.
+    settings = gpt.settings or (new, transformers.GenerationConfig(eos_token_id=end))
     with torch.device("meta"):
-        model = transformers.GPT2LMHeadModel(config)
-        model.generation_config = generation_config
-        model.transformer.load_state_dict(tensors, assign=True)
-        model.tie_weights()
-        model.save_pretrained(folder)
+        model = transformers.GPT2LMHeadModel(settings[0])
+    for name in model.transformer.state_dict():
+        parts = [state[ours].cpu() for ours in our_names(name)]
+        tensors[name] = torch.cat([part.t() if ".c_" in name else part for part in parts], -1)
+    model.transformer.load_state_dict(tensors, assign=True)
+    model.tie_weights()
+    model.generation_config = settings[1]
+    model.save_pretrained(folder)
     if gpt.tokenizer is not None:
         gpt.tokenizer.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):  # safetensors makes files that only the owner reads

@@ -35,14 +35,15 @@ def mixed_adapters(module: nn.Module, folders: list[str | Path | None]) -> Itera
     Adapters may differ in rank, alpha and targets. Raises InputError as load_adapter does, and if
     the model already has adapters.
     """
-    gpt = backbone(module)
-    if lora_layers(gpt):
+    gpt, distinct = backbone(module), {folder for folder in folders if folder is not None}
+    if distinct and lora_layers(gpt):
         raise InputError("the model already has a LoRA adapter: load the base model again")
-    device, base = gpt.token_embedding.weight.device, base_sha256(gpt)
+    base = base_sha256(gpt) if distinct else ""
+    device = gpt.token_embedding.weight.device
     parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}  # A, scaled B, active by linear
-    for distinct in dict.fromkeys(folder for folder in folders if folder is not None):
-        config, matrices = read_adapter(gpt, Path(distinct), base)
-        used = torch.tensor([[float(folder == distinct)] for folder in folders], device=device)
+    for adapter in sorted(distinct, key=folders.index):
+        config, matrices = read_adapter(gpt, Path(adapter), base)
+        used = torch.tensor([[float(folder == adapter)] for folder in folders], device=device)
         used = used.expand(-1, config.rank)
         for name, (a, b) in matrices.items():
             scaled = b.to(device) * (config.alpha / config.rank)

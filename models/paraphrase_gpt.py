@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from config import InputError
 from lora import lora_layers
 from models.adapters import load_model, save_adapter
-from models.gpt2 import GPT2Model
+from models.gpt2 import GPT2Model, init_weights
+from models.hugging_face import input_errors
 from pooling import POOLINGS
 
 ANSWERS = ("no", "yes")  # the classes; single tokens of GPT-2's vocabulary
@@ -45,8 +46,7 @@ class ParaphraseGPT(nn.Module):
         self.pooling = POOLINGS[pooling](gpt.config.n_embd, **settings)
         vectors = 4 if self.separate else 1
         self.head = nn.Linear(vectors * self.pooling.width, len(ANSWERS))
-        nn.init.normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        init_weights(self.head)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits (B, 2) of no and yes; ids and mask are (B, T) joint or (B, 2, T) separate."""
@@ -76,8 +76,7 @@ class ParaphraseGPT(nn.Module):
 
     def hidden_states(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Hidden states (texts, T, C) of all texts, for a mask (texts, T) or right padding."""
-        expected = 3 if self.separate else 2
-        if input_ids.ndim != expected:
+        if input_ids.ndim != (3 if self.separate else 2):
             shape = tuple(input_ids.shape)
             raise InputError(f"input_ids is {shape}; expected (B, T) joint or (B, 2, T) separate")
         return self.gpt(input_ids.flatten(0, -2), mask)["last_hidden_state"]
@@ -134,11 +133,9 @@ class ParaphraseGPT(nn.Module):
         if not path.is_file():
             raise InputError(f"{path} not found; name the best/ folder of a paraphrase run")
         gpt = load_model(folder)
-        try:
+        with input_errors(f"{path} is not the head of this model"):
             with safe_open(path, "pt") as file:
                 settings = json.loads(file.metadata()["settings"])
             model = cls(gpt, **settings)
             model.head_modules().load_state_dict(load_file(path))
-        except Exception as error:  # of the file, its JSON, the pooling or torch
-            raise InputError(f"{path} is not the head of this model ({error!r})") from error
         return model.eval()

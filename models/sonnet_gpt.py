@@ -1,6 +1,5 @@
 """GPT-2 as a language model: logits, loss and generation."""
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,8 @@ class SonnetGPT(nn.Module):
         config = SamplingConfig(**sampling)
         if isinstance(prompts, str):
             raise InputError(f"prompts must be a list of texts, not the text {prompts!r}")
-        if adapters is not None and len(adapters) != len(prompts):
+        adapters = [None] * len(prompts) if adapters is None else adapters
+        if len(adapters) != len(prompts):
             raise InputError(f"{len(adapters)} adapters for {len(prompts)} prompts")
         # The same prompt again gets other random numbers.
         seeds = [seed_from(seed, text, prompts[:i].count(text)) for i, text in enumerate(prompts)]
@@ -67,10 +67,7 @@ class SonnetGPT(nn.Module):
         texts = []
         for start in range(0, len(prompts), BATCH_SIZE):
             batch = slice(start, start + BATCH_SIZE)
-            mixed = contextlib.nullcontext()
-            if adapters is not None:
-                mixed = mixed_adapters(self, adapters[batch])
-            with mixed, torch.no_grad():
+            with mixed_adapters(self, adapters[batch]), torch.no_grad():
                 texts += continue_batch(self.gpt, prompts[batch], config, seeds[batch])
         self.gpt.train(was_training)
         return texts
