@@ -65,7 +65,7 @@ def test_outputs_are_of_the_commands():
 def test_the_tree_of_files_is_complete():
     """README.md names every folder and every file of code at the top level, and only those."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    tree = re.search(r"## Files\n\n```\n(.*?)```", text, flags=re.DOTALL)[1]
+    tree = re.search(r"## Files\n.*?```\n(.*?)```", text, flags=re.DOTALL)[1]
     named = set(re.findall(r"\w+\.(?:py|ipynb)|\w+/", tree))
     files = {path.name for path in ROOT.glob("*.py")} | {"walkthrough.ipynb"}
     folders = {f"{name}/" for name in (*CODE, "data", "results", "benchmarks", "tests")}
