@@ -107,11 +107,12 @@ def finish_run(
     `usage` is the command that uses the model.
     """
     summary = run.summary | metrics
-    for name, (path, text) in outputs.items():
+    for name, (_, text) in outputs.items():
         write_text(run.folder / "predictions" / name, text)
-        write_text(path, text)
     write_csv(run.folder / "per_text.csv", per_text)
     write_json(run.folder / "summary.json", summary)
+    for path, text in outputs.values():
+        write_text(path, text)
     if summary["epochs"]:
         table = pd.Series(summary, name="value").rename_axis("metric").to_markdown()
         title = f"# {run.title}\n\nThe best epoch of a run of this project."
