@@ -4,7 +4,8 @@ python benchmarks/documents.py        # from the committed results
 python benchmarks/documents.py --run  # first run README.md's commands in a fresh clone
 
 In a document, the lines between <!-- FILE --> and <!-- end --> are those of FILE, and between
-<!-- FILE N --> and <!-- end --> its Nth paragraph.
+<!-- FILE N --> and <!-- end --> its Nth paragraph. <!-- FILE N | a, b | PATTERN --> keeps columns
+a and b of this table, and the rows that contain a match of the regular expression.
 """
 
 import argparse
@@ -24,9 +25,10 @@ from config import ROOT
 from evaluation.experiment_plots import draw_parameters
 from evaluation.plots import draw_token_weights, save
 from evaluation.tables import format_values, markdown
+from experiments import SELECTION_SEEDS
 from training.runs import write_text
 
-MARKED = re.compile(r"<!-- (\S+)( \d+)? -->\n.*?<!-- end -->", re.DOTALL)
+MARKED = re.compile(r"<!-- (\S+)( \d+)?(?: \| (.*?) \| (.*?))? -->\n.*?<!-- end -->", re.DOTALL)
 OVERVIEW = ROOT / "results" / "overview"
 OUTPUTS = ROOT / "results" / "outputs"
 TOKEN_WEIGHTS = OUTPUTS / "attention.csv"
@@ -67,7 +69,7 @@ def run_commands():
 
 
 def write_overview():
-    """The tables and the plot of README.md's first screen."""
+    """A table and the plot of README.md's first screen."""
     runs = pd.read_csv(ROOT / "results" / "cross_validation.csv")
     runs["parameters"] = runs["trainable_parameters"].where(runs["epochs"] > 0, 0)
     steps = pd.read_csv(ROOT / "benchmarks" / "results" / "speed-main.csv")
@@ -83,16 +85,13 @@ def write_overview():
             "memory, GB (124M)": f"{steps['memory'][case]:.1f}" if case else "",
         }
     methods = pd.DataFrame(table.values(), index=pd.Index(table, name="method"))
-    runs = pd.read_csv(ROOT / "results" / "poolings.csv")
-    runs = runs[runs["row"].str.startswith("separate: ")]
-    runs["pooling"] = runs["row"].str.removeprefix("separate: ")
-    pairs = runs.groupby("pooling", sort=False)[["test_accuracy", "test_loss"]].agg(format_values)
-    write_text(OVERVIEW.with_suffix(".md"), f"{markdown(methods)}\n\n{markdown(pairs)}\n")
+    write_text(OVERVIEW.with_suffix(".md"), f"{markdown(methods)}\n")
 
     figure = Figure((9, 3.6), layout="constrained")
     left, right = figure.subfigures(1, 2)
     runs = pd.read_csv(ROOT / "results" / "lora_best.csv")
-    draw_parameters(left, runs, ["dev_loss"])
+    seeds = runs.groupby(["row", "chosen"])["seed"].transform("size")
+    draw_parameters(left, runs[seeds > SELECTION_SEEDS], ["dev_loss"])  # not rejected candidates
     weights = pd.read_csv(TOKEN_WEIGHTS, keep_default_na=False)
     shortest = weights["pair"].value_counts(sort=False).idxmin()
     example = weights[weights["pair"] == shortest]
@@ -109,6 +108,15 @@ def write_excerpts():
         write_text(OUTPUTS / f"{name}.md", f"```\n{shown}\n```\n")
 
 
+def select(table, columns, pattern):
+    """These columns of a table in markdown, and the rows that contain a match of the pattern."""
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    header, _, *rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+    frame = pd.DataFrame(rows, columns=header)[columns]
+    kept = [bool(re.search(pattern, line)) for line in lines[2:]]
+    return markdown(frame[kept].set_index(columns[0]))
+
+
 def include_tables(document):
     """Replace the marked lines of a document whose source files exist."""
 
@@ -118,7 +126,12 @@ def include_tables(document):
         if number and text:
             parts = text.split("\n\n")
             text = parts[int(number) - 1] if int(number) <= len(parts) else None
-        return f"<!-- {match[1]}{number or ''} -->\n{text}\n<!-- end -->" if text else match[0]
+        if not text:
+            return match[0]
+        if match[3]:
+            text = select(text, match[3].split(", "), match[4])
+        mark = match[0].partition("\n")[0]
+        return f"{mark}\n{text}\n<!-- end -->"
 
     before = document.read_text(encoding="utf-8")
     after = MARKED.sub(fresh, before)
