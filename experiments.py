@@ -24,7 +24,6 @@ from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
@@ -142,11 +141,11 @@ def write_folds(folder: Path) -> list[list[str]]:
     """
     paths = sorted((ROOT / "data").glob("Shakespeare_Sonnets_*.csv"))
     sonnets = pd.concat(map(read_sonnets, paths))
-    keys = [hashlib.sha256(f"{FIRST_SEED} {name}".encode()).digest() for name in sonnets["id"]]
-    sonnets = sonnets.iloc[np.argsort(keys)]
+    keys = [hashlib.sha256(f"{FIRST_SEED} {name}".encode()).hexdigest() for name in sonnets["id"]]
+    sonnets = sonnets.assign(key=keys).sort_values("key", ignore_index=True).drop(columns="key")
     folds = []
     for fold in range(FOLDS):
-        place = (np.arange(len(sonnets)) - fold) % FOLDS
+        place = (sonnets.index - fold) % FOLDS
         splits = {"held_out_sonnet_path": place == 0, "dev_sonnet_path": place == 1}
         splits["sonnet_path"] = place > 1
         for name, is_member in splits.items():
@@ -204,7 +203,7 @@ class Table:
             list(tqdm(pool.map(self.execute, missing), total=len(missing), unit="run"))
 
     def execute(self, run: dict[str, str | int]) -> None:
-        """Run the task script, and store its results unless it fails."""
+        """Run the task script, and store its results or print its errors."""
         folder = self.folder / file_name(" ".join(str(run[name]) for name in KEY))
         shutil.rmtree(folder, ignore_errors=True)
         script, *outputs = (word.format(folder) for word in self.script.split())
@@ -212,12 +211,10 @@ class Table:
         command += [*self.folds[run["fold"]], *shlex.split(run["options"])]
         command += [f"--seed={run['seed']}", f"--out_dir={folder}"]
         threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // self.workers))}
-        with open(f"{folder}.txt", "w") as output:
-            settings = {"env": os.environ | threads, "stdout": output, "stderr": output}
-            code = subprocess.run(command, **settings).returncode
-        if code:
+        result = subprocess.run(command, env=os.environ | threads, capture_output=True)
+        if result.returncode:
             self.failed = True
-            tqdm.write(f"a run failed: see {folder}.txt")
+            tqdm.write(f"failed: {folder.name}: {result.stderr.decode(errors='replace')}")
         else:
             self.store(run | {"jobs": self.workers}, folder)
 

@@ -80,15 +80,14 @@ def pair_metrics(model: ParaphraseGPT, dataset: PairsDataset) -> Results:
     Pairs without labels have no metrics, `loss` and `label`.
     """
     logits = classify(model, dataset)
-    predicted, labels = logits.argmax(1), dataset.labels
-    columns = {"predicted": predicted, "probability": logits.softmax(1)[:, 1]}
-    metrics = {}
+    predicted, labels, metrics = logits.argmax(1), dataset.labels, {}
+    texts = pd.DataFrame({"id": dataset.ids, "predicted": predicted.numpy()})
+    texts["probability"] = logits.softmax(1)[:, 1].numpy()
     if labels is not None:
-        columns |= {"loss": F.cross_entropy(logits, labels, reduction="none"), "label": labels}
-        metrics = {"loss": columns["loss"].mean().item()}
-        metrics |= classification_metrics(predicted, labels)
-    arrays = {name: values.numpy() for name, values in columns.items()}
-    return metrics, pd.DataFrame({"id": dataset.ids, **arrays})
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        texts = texts.assign(loss=losses.numpy(), label=labels.numpy())
+        metrics = {"loss": losses.mean().item()} | classification_metrics(predicted, labels)
+    return metrics, texts
 
 
 def metrics_table(metrics: dict[str, float]) -> str:

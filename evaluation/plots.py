@@ -78,9 +78,9 @@ def draw_experiment(
         axes.locator_params(axis="x", nbins=4)
         axes.grid(axis="x", alpha=0.3)
         if metric in baselines:
-            label, value = baselines.index[-1], baselines[metric].iloc[-1]
-            axes.axvline(value, color=ORANGE, linestyle="--", label=label)
-            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=7, frameon=False)
+            line = axes.axvline(baselines[metric].iloc[-1], color=ORANGE, linestyle="--")
+            place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "fontsize": 7}
+            axes.legend([line], [baselines.index[-1]], frameon=False, **place)
     figure.savefig(path, dpi=150)
 
 
