@@ -67,7 +67,7 @@ def draw_experiment(
     A dashed line is the last of the baselines, the regression on character n-grams.
     """
     runs = runs.groupby(["row", "seed"], sort=False).mean(numeric_only=True)  # over folds
-    metrics = [name for name in metrics if runs[name].notna().any()]
+    metrics = [name for name in metrics if name in runs.dropna(axis="columns", how="all")]
     rows = runs.index.unique("row")
     figure = Figure((9, 0.9 + 0.27 * len(rows)), layout="constrained")
     panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]

@@ -85,11 +85,12 @@ def markdown(table: pd.DataFrame) -> str:
 
 def report(runs: pd.DataFrame, baselines: pd.DataFrame, differences: pd.DataFrame) -> str:
     """The report in markdown."""
-    tables = [markdown(table) for table in (means_table(runs, baselines), differences)]
+    tables = (means_table(runs, baselines), differences)
+    shown = [markdown(table) for table in tables if len(table)]
     commits = runs[["commit", "dtype"]].value_counts()
-    shown = ", ".join(f"{count} of {' '.join(key)}" for key, count in commits.items())
-    end = f"Runs by commit (+: edited code) and precision: {shown}.\n"
-    return "\n\n".join([*tables, NOTES, end])
+    counts = ", ".join(f"{count} of {' '.join(key)}" for key, count in commits.items())
+    end = f"Runs by commit (+: edited code) and precision: {counts}.\n"
+    return "\n\n".join([*shown, NOTES, end])
 
 
 def read_baselines(runs: pd.DataFrame) -> pd.DataFrame:
