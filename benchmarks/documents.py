@@ -22,8 +22,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from config import ROOT
-from evaluation.experiment_plots import draw_parameters
-from evaluation.plots import draw_token_weights, save
+from evaluation.plots import axis_label, draw_token_weights, row_means
 from evaluation.tables import format_values, markdown
 from experiments import SELECTION_SEEDS
 from training.runs import write_text
@@ -91,12 +90,25 @@ def write_overview():
     left, right = figure.subfigures(1, 2)
     runs = pd.read_csv(ROOT / "results" / "lora_best.csv")
     seeds = runs.groupby(["row", "chosen"])["seed"].transform("size")
-    draw_parameters(left, runs[seeds > SELECTION_SEEDS], ["dev_loss"])  # not rejected candidates
+    draw_parameters(left, runs[seeds > SELECTION_SEEDS])  # not rejected candidates
     weights = pd.read_csv(TOKEN_WEIGHTS, keep_default_na=False)
     shortest = weights["pair"].value_counts(sort=False).idxmin()
     example = weights[weights["pair"] == shortest]
     draw_token_weights(right.subplots(), example)
-    save(figure, OVERVIEW.with_suffix(".png"))
+    figure.savefig(OVERVIEW.with_suffix(".png"), dpi=150)
+
+
+def draw_parameters(part, runs):
+    """Dev loss by trainable parameters; rows that share the text before a comma are joined."""
+    axes = part.subplots()
+    means = row_means(runs, "dev_loss")
+    means["x"] = runs.groupby("row")["trainable_parameters"].mean()
+    for name, rows in means.sort_values("x").groupby(
+        means.index.str.replace(",.*", "", regex=True)
+    ):
+        axes.errorbar("x", "mean", "error", data=rows, fmt="o-", capsize=3, label=name)
+    axes.set(xscale="log", xlabel="trainable parameters", ylabel=axis_label("dev_loss"))
+    part.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
 def write_excerpts():

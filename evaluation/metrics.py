@@ -1,7 +1,6 @@
 """Metrics of language models and of classifiers of pairs."""
 
 import math
-import re
 
 import pandas as pd
 import torch
@@ -27,8 +26,7 @@ def language_model_metrics(model: SonnetGPT, dataset: SonnetsDataset) -> Results
     device = next(model.parameters()).device
     losses = []
     model.eval()
-    indices = range(len(dataset.lengths))
-    for index in tqdm(indices, "evaluating", delay=2, leave=False, disable=None):
+    for index in tqdm(range(len(dataset.lengths)), "evaluating", leave=False, disable=None):
         batch = dataset.collate([index])  # a single text needs no padding
         losses.append(model.loss(**{name: tensor.to(device) for name, tensor in batch.items()}))
     texts = pd.DataFrame({"id": dataset.ids, "loss": torch.stack(losses).tolist()})
@@ -50,8 +48,7 @@ def classify(model: ParaphraseGPT, dataset: PairsDataset) -> Tensor:
     order = sorted(range(len(dataset.ids)), key=dataset.lengths.__getitem__)  # little padding
     logits = torch.zeros(len(order), 2)
     model.eval()
-    batches = split(order, BATCH_SIZE)
-    for indices in tqdm(batches, "evaluating", delay=2, leave=False, disable=None):
+    for indices in tqdm(split(order, BATCH_SIZE), "evaluating", leave=False, disable=None):
         batch = dataset.collate(indices)
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
         logits[indices] = model(ids, mask).float().cpu()
@@ -67,17 +64,14 @@ def classification_metrics(predicted: Tensor, labels: Tensor) -> dict[str, float
     """
     counts = torch.bincount(2 * labels + predicted, minlength=4).tolist()
     true_no, false_yes, false_no, true_yes = counts
-    errors = false_yes + false_no
+    errors, total = false_yes + false_no, len(labels)
     f1 = [correct / max(1, correct + errors / 2) for correct in (true_no, true_yes)]
-    cells = [f"{gold}_predicted_{answer}" for gold in ("no", "yes") for answer in ("no", "yes")]
-    accuracy = (true_no + true_yes) / len(labels)
-    return {
-        "accuracy": accuracy,
-        "accuracy_margin": 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(labels)),
-        "majority_class": max(true_no + false_yes, false_no + true_yes) / len(labels),
-        "macro_f1": sum(f1) / 2,
-        **dict(zip(cells, counts, strict=True)),
-    }
+    accuracy = (true_no + true_yes) / total
+    margin = 1.96 * math.sqrt(accuracy * (1 - accuracy) / total)
+    majority = max(true_no + false_yes, false_no + true_yes) / total
+    metrics = {"accuracy": accuracy, "accuracy_margin": margin, "majority_class": majority}
+    cells = ("no_predicted_no", "no_predicted_yes", "yes_predicted_no", "yes_predicted_yes")
+    return metrics | {"macro_f1": sum(f1) / 2} | dict(zip(cells, counts, strict=True))
 
 
 def pair_metrics(model: ParaphraseGPT, dataset: PairsDataset) -> Results:
@@ -87,22 +81,19 @@ def pair_metrics(model: ParaphraseGPT, dataset: PairsDataset) -> Results:
     Pairs without labels have no metrics, `loss` and `label`.
     """
     logits = classify(model, dataset)
-    predicted, labels = logits.argmax(1), dataset.labels
-    columns = {"predicted": predicted, "probability": logits.softmax(1)[:, 1]}
-    metrics = {}
+    predicted, labels, metrics = logits.argmax(1), dataset.labels, {}
+    texts = pd.DataFrame({"id": dataset.ids, "predicted": predicted.numpy()})
+    texts["probability"] = logits.softmax(1)[:, 1].numpy()
     if labels is not None:
-        columns |= {"loss": F.cross_entropy(logits, labels, reduction="none"), "label": labels}
-        metrics = {"loss": columns["loss"].mean().item()}
-        metrics |= classification_metrics(predicted, labels)
-    arrays = {name: values.numpy() for name, values in columns.items()}
-    return metrics, pd.DataFrame({"id": dataset.ids, **arrays})
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        texts = texts.assign(loss=losses.numpy(), label=labels.numpy())
+        metrics = {"loss": losses.mean().item()} | classification_metrics(predicted, labels)
+    return metrics, texts
 
 
 def metrics_table(metrics: dict[str, float]) -> str:
     """One row per metric and one column per split and source, for the screen."""
     pattern = r"(.*?(?:train|dev|test))_(.*)"
-    matches = {re.fullmatch(pattern, name): value for name, value in metrics.items()}
-    names = [match.groups() for match in matches if match]
-    values = [value for match, value in matches.items() if match]
-    table = pd.Series(values, pd.MultiIndex.from_tuples(names), dtype=object)
+    table = pd.Series(metrics, dtype=object).filter(regex=pattern)
+    table.index = pd.MultiIndex.from_frame(table.index.str.extract(pattern), names=[None, None])
     return table.unstack(0, sort=False).to_string(float_format="{:.3f}".format, na_rep="")

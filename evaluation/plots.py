@@ -1,12 +1,13 @@
-"""Plots of a run: learning curves, and the weights of a learned pooling."""
+"""Plots: learning curves, token weights of a pooling, and the rows of an experiment."""
 
-import warnings
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from evaluation.statistics import t_interval
 
 BLUE, ORANGE = "C0", "C1"
 
@@ -16,34 +17,24 @@ def axis_label(metric: str) -> str:
     return metric.replace("_gb", " (GB)").replace("_", " ").replace("loss", "loss (nats)")
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a PNG; the canvas is explicit, because MPLBACKEND may name one that is not there."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph ")  # not in the font: a box is drawn
-        FigureCanvasAgg(figure).figure.savefig(path, format="png", dpi=150)
-
-
 def draw_curves(folder: Path, title: str, base_loss: float | None = None) -> None:
     """curves.png of a run: loss, learning rate, gradient norm and dev accuracy over steps."""
     steps = pd.read_csv(folder / "steps.csv")
     epochs = pd.read_csv(folder / "metrics.csv")
-    per_epoch = steps["step"].max()
-    steps.index = (steps["epoch"] - 1) * per_epoch + steps["step"]
-    epochs.index = epochs["epoch"] * per_epoch
+    steps.index += 1
+    epochs.index = (epochs.index + 1) * steps["step"].max()
     names = ["loss", "learning_rate", "gradient_norm", *epochs.filter(["dev_accuracy"])]
     figure = Figure((3.4 * len(names), 3.4), layout="constrained")
     figure.suptitle(title, parse_math=False)
     panels = figure.subplots(1, len(names))
     for axes, name in zip(panels, names, strict=True):
         axes.set(xlabel="step", ylabel=axis_label(name))
-        axes.plot(steps.get(name, epochs.get(name)), ".-", color=BLUE, markersize=3, alpha=0.5)
-    smooth = steps["loss"].rolling(max(1, len(steps) // 20), min_periods=1).mean()
-    panels[0].plot(smooth, color=BLUE, label="train")
-    panels[0].plot(epochs["dev_loss"], color=ORANGE, marker="o", label="dev")
+        axes.plot(steps.get(name, epochs.get(name)), ".-", markersize=3, alpha=0.5, label="train")
+    panels[0].plot(epochs["dev_loss"], "o-", color=ORANGE, label="dev")
     if base_loss is not None:
         panels[0].axhline(base_loss, color="0.5", linestyle=":", label="dev, base model")
     panels[0].legend(frameon=False)
-    save(figure, folder / "curves.png")
+    figure.savefig(folder / "curves.png", dpi=150)
 
 
 def draw_attention(path: Path, weights: pd.DataFrame, title: str) -> None:
@@ -56,7 +47,7 @@ def draw_attention(path: Path, weights: pd.DataFrame, title: str) -> None:
     for axes, (pair, tokens) in zip(panels, pairs, strict=True):
         draw_token_weights(axes, tokens)
         axes.set_title(pair, fontsize=8, loc="left", parse_math=False)
-    save(figure, path)
+    figure.savefig(path, dpi=150)
 
 
 def draw_token_weights(axes: Axes, weights: pd.DataFrame) -> None:
@@ -66,3 +57,35 @@ def draw_token_weights(axes: Axes, weights: pd.DataFrame) -> None:
     tokens = weights["token"].str.replace("\n", "\u21b5")
     axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=7, parse_math=False)
     axes.set_ylabel("weight / mean")
+
+
+def draw_experiment(
+    path: str, runs: pd.DataFrame, metrics: list[str], baselines: pd.DataFrame
+) -> None:
+    """A point and its 95 % interval over seeds for every row and metric that was measured.
+
+    A dashed line is the last of the baselines, the regression on character n-grams.
+    """
+    runs = runs.groupby(["row", "seed"], sort=False).mean(numeric_only=True)  # over folds
+    metrics = [name for name in metrics if name in runs.dropna(axis="columns", how="all")]
+    rows = runs.index.unique("row")
+    figure = Figure((9, 0.9 + 0.27 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    for axes, metric in zip(panels, metrics, strict=True):
+        means = row_means(runs, metric).reset_index()
+        axes.errorbar("mean", "row", xerr="error", data=means, fmt="o", capsize=3)
+        axes.set(xlabel=axis_label(metric), ylim=(len(rows) - 0.5, -0.5))
+        axes.locator_params(axis="x", nbins=4)
+        axes.grid(axis="x", alpha=0.3)
+        if metric in baselines:
+            line = axes.axvline(baselines[metric].iloc[-1], color=ORANGE, linestyle="--")
+            place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "fontsize": 7}
+            axes.legend([line], [baselines.index[-1]], frameon=False, **place)
+    figure.savefig(path, dpi=150)
+
+
+def row_means(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The `mean` of a metric for each row, and half of its interval over seeds as `error`."""
+    rows = runs.groupby("row", sort=False)[metric]
+    means = rows.agg(mean="mean", error=lambda values: np.ptp(t_interval(values.dropna())) / 2)
+    return means.replace(np.inf, np.nan)  # a single seed has no interval

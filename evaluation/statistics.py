@@ -17,7 +17,6 @@ ALPHA = 0.05
 SAMPLES = 20_000
 STEPS = 10**9  # p values are multiples of 1 / STEPS
 Interval = tuple[float, float]
-IntervalOfLevel = Callable[[float], Interval]
 
 
 def t_interval(values: np.ndarray, level: float = LEVEL) -> Interval:
@@ -76,7 +75,7 @@ class Difference:
         return self.mean - math.hypot(*below), self.mean + math.hypot(*above)
 
 
-def p_value(interval: IntervalOfLevel, claim: Callable[[float, float], bool]) -> float:
+def p_value(interval: Callable[[float], Interval], claim: Callable[[float, float], bool]) -> float:
     """The smallest alpha for which the claim is true of the interval of level 1 - alpha, or 1."""
     return bisect_left(range(STEPS), True, 1, key=lambda k: claim(*interval(1 - k / STEPS))) / STEPS
 
@@ -88,7 +87,7 @@ def holm(p_values: list[float]) -> np.ndarray:
     return np.maximum.accumulate(scaled)[np.argsort(order)]
 
 
-def verdicts(intervals: list[IntervalOfLevel], margin: float) -> list[str]:
+def verdicts(intervals: list[Callable[[float], Interval]], margin: float) -> list[str]:
     """The verdict for each of several differences to the same baseline.
 
     "higher" and "lower" mean an interval without zero, "equivalent" one within the margin, at the

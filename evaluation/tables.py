@@ -1,6 +1,7 @@
 """The report of an experiment: means of rows, their differences, and verdicts, in markdown."""
 
-from collections.abc import Iterable, Mapping
+import re
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -12,14 +13,12 @@ COST = ["seconds_per_epoch", "peak_memory_gb"]
 COLUMNS = """dev_loss test_loss test_bits_per_character dev_accuracy test_accuracy test_macro_f1
 test_chrf test_rhymes test_14_line_rate test_copied_5grams trainable_parameters best_epoch
 seconds_per_epoch peak_memory_gb""".split()  # of the first table
+DIFFERENCE_COLUMNS = ["row", "metric", "baseline", "difference", "95 % CI over seeds"]
+DIFFERENCE_COLUMNS += ["95 % CI over texts", "95 % CI over both", "margin", "verdict"]
 NOTES = """Losses are in nats per token, or per pair; a sonnet counts by its share of the tokens.
-The interval over seeds (Student's t) is about other training runs and the same texts, that over
-texts (bootstrap) about other texts and the same runs. A verdict uses the interval over both (over
-seeds for costs) with Holm's correction for the rows of a metric and baseline, so that a 95 %
-interval without zero may stay undecided. Dev metrics also chose epochs and candidates. Times are
-of training alone, and memory is the peak of the process, both of runs with --jobs 1."""
+A verdict uses the interval over seeds and texts (for costs, over seeds) with Holm's correction for
+the rows of a metric and baseline. Times and memory are of runs with --jobs 1."""
 SOURCES = {"Shakespeare": "gold_", "random lines": "random_"}  # of texts without a model
-Comparisons = Mapping[str, Iterable[str]]  # baseline -> rows
 
 
 def metric_by_seed(runs: pd.DataFrame, texts: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -39,27 +38,29 @@ def metric_by_seed(runs: pd.DataFrame, texts: pd.DataFrame, metric: str) -> pd.D
 
 
 def compare(
-    comparisons: Comparisons, margins: dict[str, float], runs: pd.DataFrame, texts: pd.DataFrame
+    runs: pd.DataFrame, texts: pd.DataFrame, comparisons: dict[str, str], margins: dict[str, float]
 ) -> pd.DataFrame:
-    """The differences of rows to their baselines over common seeds: intervals and verdicts."""
+    """The differences of rows to their baselines over common seeds: intervals and verdicts.
+
+    `comparisons` maps a baseline to a pattern, with which the names of the other rows begin.
+    """
     records = []
-    for metric, margin in margins.items():
-        values = metric_by_seed(runs, texts, metric)
-        found = set(values.index.unique("row"))
-        for baseline, rows in comparisons.items():
-            others = [row for row in rows if row != baseline and {row, baseline} <= found]
-            frames = {row: (values.loc[row] - values.loc[baseline]).dropna() for row in others}
-            members = {row: Difference(f.to_numpy()) for row, f in frames.items() if len(f)}
-            intervals = [d.over_seeds if metric in COST else d.over_both for d in members.values()]
-            decided = verdicts(intervals, margin)
-            for (row, difference), verdict in zip(members.items(), decided, strict=True):
-                record = {"row": row, "metric": metric, "baseline": baseline}
-                record["difference"] = f"{difference.mean:+.3f}"
-                record["95 % CI over seeds"] = format_interval(difference.over_seeds())
-                record["95 % CI over texts"] = format_interval(difference.over_texts())
-                record["95 % CI over both"] = format_interval(difference.over_both())
-                records.append(record | {"margin": margin or "", "verdict": verdict})
-    return pd.DataFrame(records)
+    for metric, (baseline, pattern) in product(margins, comparisons.items()):
+        values = metric_by_seed(runs, texts, metric).loc[list(runs["row"].unique())]
+        subtracted = values.query("row == @baseline").droplevel("row")
+        by_row = values.sub(subtracted, level="seed").dropna().groupby("row", sort=False)
+        members = {
+            row: Difference(frame.to_numpy())
+            for row, frame in by_row
+            if row != baseline and re.match(pattern, row)
+        }
+        intervals = [d.over_seeds if metric in COST else d.over_both for d in members.values()]
+        decided = verdicts(intervals, margins[metric])
+        for (row, difference), verdict in zip(members.items(), decided, strict=True):
+            ends = (difference.over_seeds(), difference.over_texts(), difference.over_both())
+            cells = [f"{difference.mean:+.3f}", *map(format_interval, ends), margins[metric] or ""]
+            records.append([row, metric, baseline, *cells, verdict])
+    return pd.DataFrame(records, columns=DIFFERENCE_COLUMNS)
 
 
 def format_interval(interval: Interval) -> str:
@@ -82,31 +83,36 @@ def markdown(table: pd.DataFrame) -> str:
     return table.to_markdown(disable_numparse=True, index=table.index.name is not None)
 
 
-def report(runs: pd.DataFrame, differences: pd.DataFrame) -> list[str]:
-    """The sections of the report."""
-    tables = [markdown(table) for table in (means_table(runs), differences) if len(table)]
-    commits = runs[["commit", "dtype"]].fillna("no commit").value_counts()
-    shown = ", ".join(f"{count} of {' '.join(key)}" for key, count in commits.items())
-    return [*tables, NOTES, f"Runs by commit (+: edited code) and precision: {shown}."]
+def report(runs: pd.DataFrame, baselines: pd.DataFrame, differences: pd.DataFrame) -> str:
+    """The report in markdown."""
+    tables = (means_table(runs, baselines), differences)
+    shown = [markdown(table) for table in tables if len(table)]
+    commits = runs[["commit", "dtype"]].value_counts()
+    counts = ", ".join(f"{count} of {' '.join(key)}" for key, count in commits.items())
+    end = f"Runs by commit (+: edited code) and precision: {counts}.\n"
+    return "\n\n".join([*shown, NOTES, end])
 
 
-def means_table(runs: pd.DataFrame) -> pd.DataFrame:
+def read_baselines(runs: pd.DataFrame) -> pd.DataFrame:
+    """Accuracies of classifiers that count, on the bundled or Quora's pairs; else empty."""
+    if "dataset" not in runs or runs["options"].str.contains("--para_").any():
+        return pd.DataFrame()
+    name = f"baselines-{runs['dataset'].iloc[0]}.csv"  # written by data/build/baselines.py
+    return pd.read_csv(ROOT / "results" / name, index_col="baseline")
+
+
+def means_table(runs: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
     """Mean and deviation over seeds of the main metrics; then baselines without a model."""
     pooled = runs.groupby(["row", "seed"], sort=False).mean(numeric_only=True)  # over folds
-    table = pooled.filter(COLUMNS).dropna(axis="columns", how="all")
-    columns = list(table)
-    table = table.groupby("row", sort=False).agg(format_values)
+    means = pooled.filter(COLUMNS).dropna(axis="columns", how="all")
+    table = means.groupby("row", sort=False).agg(format_values)
     by_row = runs.groupby("row")
     table["seeds"] = by_row["seed"].nunique().astype(str)
     if runs["chosen"].any():
         table["chosen"] = by_row["chosen"].agg(lambda names: "; ".join(names.unique()))
     for label, source in SOURCES.items():
-        names = [name for name in columns if source + name in pooled]
+        names = [name for name in means if source + name in pooled]
         if names:
             table.loc[label, names] = [format_values(pooled[source + name]) for name in names]
-    if "dataset" in runs and not runs["options"].str.contains("--para_").any():
-        path = ROOT / "results" / f"baselines-{runs['dataset'].iloc[0]}.csv"
-        if path.exists():
-            baselines = pd.read_csv(path, index_col="baseline").filter(columns)
-            table = pd.concat([table, baselines.map("{:.3f}".format)]).rename_axis("row")
-    return table.fillna("")
+    accuracies = baselines.filter(list(means)).map("{:.3f}".format)
+    return pd.concat([table, accuracies]).rename_axis("row").fillna("")
