@@ -62,7 +62,7 @@ OPTIONS = [
     (BOTH, "--batchsize=1", r"unrecognized .*--batchsize=1; did you mean --batch_size\?"),
     (BOTH, "--model_size=gpt3", "gpt3 is neither one of tiny, gpt2, .* nor a folder"),
     (BOTH, "--use_lora --lora_rank=17", "lora_rank 17 does not fit a 16 x 16 weight: reduce it"),
-    (BOTH, "--out_dir={}/file/below", "below is a file, or another process writes"),
+    (BOTH, "--out_dir={}/file/below", "below is a file, or another process writes it"),
     ("sonnets", "--temperature=-1", "temperature must be a number of at least 0, not -1.0"),
     ("sonnets", "--sonnet_path=absent.csv", "absent.csv cannot be read .* check the path"),
     ("sonnets", "--sonnet_path={}/file", "file contains no sonnet: expected a number"),

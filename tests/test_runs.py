@@ -19,7 +19,7 @@ from training.runs import Run, atomic_path, write_text
 
 def start(out_dir=None, resume=False, inputs=None, name="a", **others):
     options = {"out_dir": out_dir and str(out_dir), "resume": resume, "lr": 0.1, **others}
-    return Run("task", name, options, inputs or {})
+    return Run("task", name, options | (inputs or {}))
 
 
 @pytest.mark.parametrize("out_dir", [None, "other/folder"])
@@ -82,7 +82,7 @@ def test_a_run_that_another_process_writes_is_refused(tmp_path):
     process = [sys.executable, "-c", code, str(tmp_path / ".lock")]
     with subprocess.Popen(process, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
         writer.stdout.readline()
-        with pytest.raises(InputError, match="another process writes the run in it"):
+        with pytest.raises(InputError, match="another process writes it"):
             start(tmp_path)
         writer.kill()
     assert start(tmp_path).folder == tmp_path

@@ -63,7 +63,7 @@ def fit(path, dev=(1.0,), values=(1.0, 2.0, 4.0), factors=(), dtype=torch.float3
     metric, resume = settings.pop("metric", "dev_loss"), settings.pop("resume", False)
     options = {"out_dir": str(path), "resume": resume}
     config = TrainConfig(**{"epochs": len(dev), "lr": 0.1, "batch_size": 2} | settings)
-    result = Run("toy", "toy", options, {})
+    result = Run("toy", "toy", options)
     task = Task(Values(values), evaluate, save, metric)
     Trainer(model, task, config, result, Hardware(torch.device("cpu"), dtype)).train()
     return result, weights

@@ -31,7 +31,6 @@ def init(device: torch.device) -> torch.device:
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
     # The others wait while the main process evaluates or writes a large model.
     backend = dist.get_default_backend_for_device(device)
     dist.init_process_group(backend, timeout=timedelta(hours=2))
@@ -58,15 +57,11 @@ def from_main(make: Callable[[], Any]) -> Any:
     return result[0]
 
 
-class Loss(nn.Module):
+class Loss(nn.Sequential):
     """The loss of a model as a module's forward, which DistributedDataParallel needs."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.model.loss(**batch)
+        return self[0].loss(**batch)
 
 
 def data_parallel(model: nn.Module) -> nn.Module:

@@ -39,11 +39,10 @@ class Trainer:
         self, model: nn.Module, task: Task, config: TrainConfig, run: Run, hardware: Hardware
     ) -> None:
         self.model, self.task, self.config, self.run = model, task, config, run
-        self.hardware, self.device = hardware, hardware.device
+        self.dataset, self.hardware, self.device = task.dataset, hardware, hardware.device
         self.trained = nn.ParameterList(p for p in model.parameters() if p.requires_grad)
         self.optimizer = make_optimizer(model, config)
-        is_float16 = hardware.dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=is_float16)
+        self.scaler = torch.GradScaler(self.device.type, enabled=hardware.dtype == torch.float16)
         self.epochs: list[dict[str, Any]] = []  # a record per finished epoch, as in metrics.csv
         self.steps: list[dict[str, Any]] = []  # and per step, as in steps.csv
         self.seconds = 0.0  # of training in the current epoch
@@ -59,20 +58,20 @@ class Trainer:
         uninterrupted one. Only the main process returns. Raises FloatingPointError if a loss or
         gradient is not finite.
         """
-        config, dataset, metric = self.config, self.task.dataset, self.task.metric
+        config, metric = self.config, self.task.metric
         step_size = config.batch_size * config.grad_accumulation
         while len(self.epochs) < config.epochs:
             epoch = len(self.epochs)
             if 0 < config.patience <= epoch - best_epoch(self.epochs, metric):
-                print(f"stopped early: {config.patience} epochs without a better {metric}")
+                better = f"better {metric.replace('_', ' ')}"
+                print(f"stopped early: {config.patience} epochs without a {better}")
                 break
-            batches = dataset.batches(step_size, config.seed, epoch)
+            batches = self.dataset.batches(step_size, config.seed, epoch)
             first, total = epoch * len(batches), config.epochs * len(batches)
-            title = f"epoch {epoch + 1}/{config.epochs}"
-            no_bar = distributed.rank() > 0 or None  # None: if there is no terminal
-            bar = tqdm(batches[len(self.steps) - first :], title, leave=False, disable=no_bar)
-            saved = time.perf_counter()
-            started = saved - self.seconds
+            done, title = len(self.steps) - first, f"epoch {epoch + 1}/{config.epochs}"
+            # None: if there is no terminal, as in the processes that print nothing
+            bar = tqdm(batches[done:], title, leave=False, file=sys.stdout, disable=None)
+            started, saved = time.perf_counter() - self.seconds, self.seconds
             self.model.train()
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)  # without evaluation
@@ -84,11 +83,10 @@ class Trainer:
                 if number % LOG_STEPS == 0 or record["step"] == len(batches):
                     self.read_losses()
                     bar.set_postfix(loss=self.steps[-1]["loss"], refresh=False)
-                    now = time.perf_counter()
-                    self.seconds = now - started
-                    if now - saved > SAVE_SECONDS:
+                    self.seconds = time.perf_counter() - started
+                    if self.seconds - saved > SAVE_SECONDS:
                         self.save()
-                        saved = now
+                        saved = self.seconds
             self.end_epoch()
         distributed.shutdown()
         return self.epochs
@@ -98,34 +96,33 @@ class Trainer:
 
         Loss and gradient norm are tensors: nothing waits for the device.
         """
-        dataset, scaler = self.task.dataset, self.scaler
-        num_targets = dataset.num_targets(indices)
+        num_targets = self.dataset.num_targets(indices)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         micro_batches = distributed.micro_batches(indices, self.config.grad_accumulation)
         for index, part in enumerate(micro_batches):
             # A process without data takes an example with weight zero, because others wait for it.
-            batch = dataset.collate(part or indices[:1])
+            batch = self.dataset.collate(part or indices[:1])
             batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-            weight = dataset.num_targets(part) / num_targets
+            weight = self.dataset.num_targets(part) / num_targets
             # DistributedDataParallel averages gradients in the last backward pass only.
             self.loss.require_backward_grad_sync = index == len(micro_batches) - 1
             with self.hardware.autocast():
                 loss = self.loss(batch)
             # Micro-batches add up, and processes average, to the mean over all targets.
-            scaler.scale(loss * (weight * distributed.world_size())).backward()
+            self.scaler.scale(loss * (weight * distributed.world_size())).backward()
             loss_sum += loss.detach() * weight
         if distributed.world_size() > 1:
             torch.distributed.all_reduce(loss_sum)
-        scaler.unscale_(self.optimizer)
+        self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
         if self.config.max_grad_norm:
             nn.utils.clip_grads_with_norm_(self.trained, self.config.max_grad_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        scaler.step(self.optimizer)
-        scaler.update()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
-        numbers = {"targets": num_targets, "tokens": dataset.num_tokens(indices)}
+        numbers = {"targets": num_targets, "tokens": self.dataset.num_tokens(indices)}
         return numbers | {"loss": loss_sum, "gradient_norm": norm}
 
     def read_losses(self) -> None:
@@ -149,13 +146,12 @@ class Trainer:
         epoch = len(self.epochs) + 1
         steps = [step for step in self.steps if step["epoch"] == epoch]
         loss_sum = sum(step["loss"] * step["targets"] for step in steps)
-        tokens = sum(step["tokens"] for step in steps)
         record = {
             "epoch": epoch,
             "train_loss": loss_sum / sum(step["targets"] for step in steps),
             **metrics,
             "seconds": round(self.seconds, 3),
-            "tokens_per_second": round(tokens / self.seconds, 1),
+            "tokens_per_second": round(sum(step["tokens"] for step in steps) / self.seconds, 1),
             "peak_memory_gb": memory,
             "skipped_steps": sum(not math.isfinite(step["gradient_norm"]) for step in steps),
         }
@@ -195,7 +191,6 @@ class Trainer:
         self.epochs, self.steps, self.seconds = state["epochs"], state["steps"], state["seconds"]
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        print(f"--resume: continues after {len(self.steps)} steps")
         self.save()  # best/ may be missing
 
 
@@ -203,10 +198,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019). Only the matrices of linear layers decay, as in GPT-2."""
     matrices = {part.weight for part in model.modules() if isinstance(part, nn.Linear)}
     trained = [p for p in model.parameters() if p.requires_grad]
-    decaying = {"params": [p for p in trained if p in matrices]}
-    others = {"params": [p for p in trained if p not in matrices], "weight_decay": 0.0}
-    settings = {"weight_decay": config.weight_decay, "fused": True}
-    return torch.optim.AdamW([decaying, others], config.lr, **settings)
+    decay = {"weight_decay": config.weight_decay, "params": [p for p in trained if p in matrices]}
+    others = {"weight_decay": 0.0, "params": [p for p in trained if p not in matrices]}
+    return torch.optim.AdamW([decay, others], config.lr, fused=True)
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:

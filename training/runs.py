@@ -29,15 +29,13 @@ locks = []  # kept alive, so that they are released when the process ends
 class Run:
     """runs/<task>/<name>, or --out_dir; --resume continues it."""
 
-    def __init__(
-        self, task: str, name: str, options: dict[str, Any], inputs: dict[str, Any]
-    ) -> None:
+    def __init__(self, task: str, name: str, settings: dict[str, Any]) -> None:
         """Lock the folder and write config.json.
 
-        `inputs` are what a result depends on besides the options, of which they may replace some.
+        `settings` are all options, and what else a result depends on.
         Raises InputError for a folder with another run, or one that another process is writing.
         """
-        self.folder = Path(options["out_dir"] or Path("runs", task, name))
+        self.folder = Path(settings["out_dir"] or Path("runs", task, name))
         self.best = self.folder / "best"  # the best model
         self.title = name  # for the screen and plots
         self.summary: dict[str, Any] = {}  # the first entries of summary.json
@@ -45,7 +43,7 @@ class Run:
         for leftover in list(self.folder.rglob(".*.tmp")):  # of a process that was killed
             shutil.rmtree(leftover)
         path = self.folder / "config.json"
-        config = json.loads(json.dumps({**options, **inputs, **environment()}))
+        config = json.loads(json.dumps(settings | environment()))
         if path.exists():
             self.check_same(json.loads(path.read_text("utf-8")), config)
         else:
@@ -68,8 +66,7 @@ def lock(folder: Path) -> None:
     try:  # one process may lock it twice
         locks.append(FileLock(folder / ".lock", is_singleton=True).acquire(timeout=0))
     except OSError as error:
-        problem = "is a file, or another process writes the run in it"
-        raise InputError(f"{folder} {problem} ({error}); wait, or name another folder") from error
+        raise InputError(f"{folder} is a file, or another process writes it ({error})") from error
 
 
 @contextlib.contextmanager

@@ -72,7 +72,7 @@ def open_run(
         "processes": distributed.world_size(),
     }
     name = "-".join([Path(options.model_size).name, *variant, method, f"seed{options.seed}"])
-    run = distributed.from_main(lambda: Run(task, name, values, inputs))
+    run = distributed.from_main(lambda: Run(task, name, values | inputs))
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run.summary = {"task": task, "model": options.model_size, "method": method}
