@@ -119,14 +119,6 @@ def test_folders_are_replaced_completely_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_leftovers_of_a_killed_process_are_removed(tmp_path):
-    for folder in (tmp_path, tmp_path / "best"):
-        (folder / ".abc.tmp").mkdir(parents=True)
-        (folder / ".abc.tmp" / "state.pt").touch()
-    start(tmp_path)
-    assert not list(tmp_path.rglob("*.tmp"))
-
-
 @pytest.mark.skipif(os.name != "posix", reason="needs modes")
 @pytest.mark.parametrize("kind", ["sonnets-lora", "paraphrases-full"])
 def test_all_files_have_the_mode_of_the_umask(tmp_path, kind):

@@ -131,8 +131,6 @@ def test_numbers_that_are_not_finite_stop_the_run(tmp_path, spoiled):
         values, factors = (1.0, 2.0, 3.0), (1, 1, bad)
     with pytest.raises(FloatingPointError, match=f"{spoiled}.*; try a smaller --lr"):
         fit(tmp_path, (1.0,), values, factors, batch_size=1)
-    with pytest.raises(FloatingPointError, match="dev_loss is nan"):
-        fit(tmp_path, (math.nan,), resume=True)
     assert not {"best", "state.pt", "steps.csv"} & {path.name for path in tmp_path.iterdir()}
 
 

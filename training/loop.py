@@ -63,8 +63,7 @@ class Trainer:
         while len(self.epochs) < config.epochs:
             epoch = len(self.epochs)
             if 0 < config.patience <= epoch - best_epoch(self.epochs, metric):
-                better = f"better {metric.replace('_', ' ')}"
-                print(f"stopped early: {config.patience} epochs without a {better}")
+                print(f"stopped early: {config.patience} epochs without a better {metric}")
                 break
             batches = self.dataset.batches(step_size, config.seed, epoch)
             first, total = epoch * len(batches), config.epochs * len(batches)
@@ -141,8 +140,6 @@ class Trainer:
         memory = peak_memory_gb(self.device)
         self.model.eval()
         metrics = distributed.from_main(self.task.evaluate)
-        if not math.isfinite(metrics["dev_loss"]):
-            raise FloatingPointError(f"dev_loss is {metrics['dev_loss']}; try a smaller --lr")
         epoch = len(self.epochs) + 1
         steps = [step for step in self.steps if step["epoch"] == epoch]
         loss_sum = sum(step["loss"] * step["targets"] for step in steps)
@@ -159,10 +156,9 @@ class Trainer:
         self.seconds = 0.0
         self.save()
         names = [name for name in record if name.endswith(("loss", "accuracy", "f1"))]
-        shown = [f"{name.replace('_', ' ')} {record[name]:.3f}" for name in names]
-        shown.append(f"{record['seconds']:.1f} s  {record['tokens_per_second']:,.0f} tokens/s")
+        shown = "  ".join(f"{name.replace('_', ' ')} {record[name]:.3f}" for name in names)
         mark = "  *best*" if best_epoch(self.epochs, self.task.metric) == epoch else ""
-        print(f"epoch {epoch:>2}/{self.config.epochs}  {'  '.join(shown)}{mark}")
+        print(f"epoch {epoch:>2}/{self.config.epochs}  {shown}  {record['seconds']:.1f} s{mark}")
 
     def save(self) -> None:
         """Write tables, resume state, and best/ after the best epoch, in the main process.

@@ -40,8 +40,6 @@ class Run:
         self.title = name  # for the screen and plots
         self.summary: dict[str, Any] = {}  # the first entries of summary.json
         lock(self.folder)
-        for leftover in list(self.folder.rglob(".*.tmp")):  # of a process that was killed
-            shutil.rmtree(leftover)
         path = self.folder / "config.json"
         config = json.loads(json.dumps(settings | environment()))
         if path.exists():
