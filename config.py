@@ -118,7 +118,6 @@ class TrainConfig(Settings):
     max_grad_norm: float = option(0.0, "clip the gradient norm; 0 does not clip")
     weight_decay: float = option(0.0, "decay of AdamW, of the matrices of linear layers only")
     patience: int = option(0, "stop after this many epochs without a better dev result; 0: never")
-    checkpoint_every: int = option(0, "steps between resume states; 0: a state every five minutes")
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,9 @@ def main(options: Namespace) -> None:
     texts = pd.concat(pairs).reset_index(0, names="split")[["split", "id", *SENTENCES]]
     per_text = results.dropna(subset="loss").astype({"label": int}).merge(texts)
     per_text = per_text.sort_values(["split", "loss"], ascending=[True, False])
-    usage = f'python paraphrase_detection.py --predict {run.shown}/best --pair "one text" "another"'
+    usage = (
+        f'python paraphrase_detection.py --predict {run.folder}/best --pair "one text" "another"'
+    )
     finish_run(run, metrics, per_text, format_predictions(options, datasets, results), usage)
     examples = range(len(datasets["dev"].ids))[:EXAMPLES]
     weights = token_weights(model, datasets["dev"], examples, hardware)

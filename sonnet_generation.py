@@ -101,7 +101,7 @@ def main(options: Namespace) -> None:
         if split in datasets:
             metrics |= sonnet_metrics(split, texts, frame["text"], sonnets["train"]["text"])
     print_preview(sonnets["test"], texts, options.max_lines)
-    usage = f'python sonnet_generation.py --generate {run.shown}/best --prompt "Shall I"'
+    usage = f'python sonnet_generation.py --generate {run.folder}/best --prompt "Shall I"'
     finish_run(run, metrics, losses, outputs, usage)
 
 

@@ -20,6 +20,8 @@ os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 import torch  # noqa: E402 (after the settings above)
 from small_runs import KINDS, make_files, outcome, run  # noqa: E402
 
+from training import loop  # noqa: E402
+
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 
@@ -59,18 +61,18 @@ def main():
     parser.add_argument("--only", choices=KINDS, nargs="+", default=KINDS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    loop.LOG_STEPS, loop.SAVE_SECONDS = 1, 0  # a resume state after every step
     failures = 0
     with tempfile.TemporaryDirectory() as name:
         root = make_files(Path(name).resolve())
         for kind in options.only:
-            more = ["--checkpoint_every=2"]
-            changes = run_and_die(root, kind, root / f"{kind}-whole", 0, *more)
+            changes = run_and_die(root, kind, root / f"{kind}-whole", 0)
             whole = outcome(root / f"{kind}-whole")
             points = range(options.first, changes + 1, options.every)
             for at in points:
                 shutil.rmtree(root / "cut", ignore_errors=True)
-                assert run_and_die(root, kind, root / "cut", at, *more) == at
-                run_and_die(root, kind, root / "cut", 0, *more, "--resume")
+                assert run_and_die(root, kind, root / "cut", at) == at
+                run_and_die(root, kind, root / "cut", 0, "--resume")
                 same = outcome(root / "cut") == whole
                 failures += not same
                 if not same:

@@ -73,8 +73,12 @@ def run(root, kind, out, *more):
 
 
 def outcome(out):
-    """The contents of a run's files by name, without times, the folder's name, and the state."""
+    """The contents of a run's files by name, without times, the folder's name, and the state.
+
+    A process that was killed leaves temporary files.
+    """
     files = {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
+    files = {name: path for name, path in files.items() if ".tmp" not in name}
     contents = {name: path.read_bytes() for name, path in files.items()}
     for name in ("config.json", "state.pt", ".lock", "curves.png", "attention.png"):
         contents.pop(name, None)

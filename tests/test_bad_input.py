@@ -11,8 +11,8 @@ import torch
 from small_runs import HEADER, SCRIPTS, arguments, command, make_files, run
 
 from config import GPT2Config, InputError, LoRAConfig, SamplingConfig, TrainConfig
+from training.loop import Trainer
 from training.options import exit_cleanly
-from training.runs import Run
 
 BOTH = ("sonnets", "paraphrases")
 FILES = {
@@ -62,7 +62,7 @@ OPTIONS = [
     (BOTH, "--batchsize=1", r"unrecognized .*--batchsize=1; did you mean --batch_size\?"),
     (BOTH, "--model_size=gpt3", "gpt3 is neither one of tiny, gpt2, .* nor a folder"),
     (BOTH, "--use_lora --lora_rank=17", "lora_rank 17 does not fit a 16 x 16 weight: reduce it"),
-    (BOTH, "--out_dir={}/file/below", "below is a file, or inside of one; name a folder"),
+    (BOTH, "--out_dir={}/file/below", "below is a file, or another process writes it"),
     ("sonnets", "--temperature=-1", "temperature must be a number of at least 0, not -1.0"),
     ("sonnets", "--sonnet_path=absent.csv", "absent.csv cannot be read .* check the path"),
     ("sonnets", "--sonnet_path={}/file", "file contains no sonnet: expected a number"),
@@ -144,11 +144,11 @@ FAULTS = [
 def test_faults_during_a_run(files, tmp_path, monkeypatch, capsys, fault, code, message):
     """One line without a traceback; --resume completes the run."""
 
-    def fail(self, state):
+    def fail(self):
         raise fault
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "save_state", fail)
+        patch.setattr(Trainer, "save", fail)
         found, error = stop("sonnets", arguments(files, "sonnets-lora", tmp_path / "run"), capsys)
     assert (found, error.startswith(message)) == (code, True), error
     run(files, "sonnets-lora", tmp_path / "run", "--resume")

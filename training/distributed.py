@@ -16,35 +16,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from config import InputError
-
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    return dist.get_rank() if world_size() > 1 else 0
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def init(device: torch.device) -> torch.device:
-    """Join the processes that torchrun started; returns the device of this one.
-
-    Raises InputError for an incomplete environment, or more processes than GPUs.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or world_size() > 1:
+    """Join the processes that torchrun started; returns the device of this one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return device
-    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
-            raise InputError(f"WORLD_SIZE is set, but {name} is not: start processes with torchrun")
     if device.type == "cuda":
-        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local_rank >= gpus:
-            raise InputError(f"{gpus} GPUs cannot serve local process {local_rank}: start fewer")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     # The others wait while the main process evaluates or writes a large model.
+    backend = dist.get_default_backend_for_device(device)
     dist.init_process_group(backend, timeout=timedelta(hours=2))
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
@@ -53,7 +41,7 @@ def init(device: torch.device) -> torch.device:
 
 def shutdown() -> None:
     """Wait for all processes; the main process continues alone and the others exit."""
-    if world_size() > 1:
+    if dist.is_initialized():
         is_main = rank() == 0
         dist.barrier()
         dist.destroy_process_group()
@@ -62,32 +50,18 @@ def shutdown() -> None:
 
 
 def from_main(make: Callable[[], Any]) -> Any:
-    """The value that `make` returns in the main process; if it fails, all processes end."""
-    if world_size() == 1:
-        return make()
-    result = [None]
-    if rank() == 0:
-        try:
-            result = [make()]
-        except (InputError, OSError, FloatingPointError) as error:
-            result = [error]
-    dist.broadcast_object_list(result)
-    if isinstance(result[0], Exception):
-        if rank() == 0:
-            raise result[0]
-        sys.exit(1)  # the main process reports the error
+    """The value that `make` returns in the main process. If it fails, torchrun ends the others."""
+    result = [make() if rank() == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(result)
     return result[0]
 
 
-class Loss(nn.Module):
+class Loss(nn.Sequential):
     """The loss of a model as a module's forward, which DistributedDataParallel needs."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.model.loss(**batch)
+        return self[0].loss(**batch)
 
 
 def data_parallel(model: nn.Module) -> nn.Module:

@@ -72,7 +72,7 @@ def open_run(
         "processes": distributed.world_size(),
     }
     name = "-".join([Path(options.model_size).name, *variant, method, f"seed{options.seed}"])
-    run = distributed.from_main(lambda: Run(task, name, values, inputs))
+    run = distributed.from_main(lambda: Run(task, name, values | inputs))
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run.summary = {"task": task, "model": options.model_size, "method": method}
@@ -81,7 +81,7 @@ def open_run(
     run.title = ", ".join([options.model_size, *variant, method])
     print(
         f"{task}: {run.title}\n{trainable:,} of {total:,} parameters are trained with learning "
-        f"rate {options.lr:g}\nprecision {inputs['dtype']} on {hardware.device}, in {run.shown}"
+        f"rate {options.lr:g}\nprecision {inputs['dtype']} on {hardware.device}, in {run.folder}"
     )
     return run
 
@@ -121,7 +121,7 @@ def finish_run(
         print(f"\nnext: {usage}")
     paths = ", ".join(path for path, _ in outputs.values())
     print(f"\n{metrics_table(metrics)}\n\npredictions: {paths}")
-    print(f"metrics, plots and best model: {run.shown}")
+    print(f"metrics, plots and best model: {run.folder}")
 
 
 def summarize(epochs: list[dict[str, Any]], metric: str) -> dict[str, Any]:

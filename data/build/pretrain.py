@@ -122,7 +122,7 @@ def main(options: Namespace) -> None:
     hashes = {name: file_sha256(options.corpus / f"{name}.npy") for name in SHARES}
     compared = {"epochs": options.epochs, "lr": options.lr}
     paths = {"resume": options.resume, "out_dir": options.out_dir}
-    run = Run("pretrain", "tiny", compared | paths, {"data_sha256": hashes})
+    run = Run("pretrain", "tiny", compared | paths | {"data_sha256": hashes})
     torch.manual_seed(config.seed)
     gpt = GPT2Model(TINY)
     gpt.tokenizer = transformers.AutoTokenizer.from_pretrained(BUNDLED_MODEL)
