@@ -18,7 +18,7 @@ from training import distributed
 from training.options import Hardware
 from training.runs import Run, atomic_path, write_csv
 
-LOG_STEPS = 10  # between two reads of the losses, for which the host waits for the device
+LOG_STEPS = 10  # on CUDA, between two reads of the losses, for which the host waits for the device
 SAVE_SECONDS = 300  # between two resume states within an epoch
 
 
@@ -59,11 +59,13 @@ class Trainer:
         gradient is not finite.
         """
         config, metric = self.config, self.task.metric
+        log_steps = LOG_STEPS if self.device.type == "cuda" else 1
         step_size = config.batch_size * config.grad_accumulation
         while len(self.epochs) < config.epochs:
             epoch = len(self.epochs)
             if 0 < config.patience <= epoch - best_epoch(self.epochs, metric):
-                print(f"stopped early: {config.patience} epochs without a better {metric}")
+                name = metric.replace("_", " ")
+                print(f"stopped early: {config.patience} epochs without a better {name}")
                 break
             batches = self.dataset.batches(step_size, config.seed, epoch)
             first, total = epoch * len(batches), config.epochs * len(batches)
@@ -79,7 +81,7 @@ class Trainer:
                 lr = learning_rate(number, total, config)
                 record = {"epoch": epoch + 1, "step": number - first + 1, "learning_rate": lr}
                 self.steps.append(record | self.take_step(indices, lr))
-                if number % LOG_STEPS == 0 or record["step"] == len(batches):
+                if number % log_steps == 0 or record["step"] == len(batches):
                     self.read_losses()
                     bar.set_postfix(loss=self.steps[-1]["loss"], refresh=False)
                     self.seconds = time.perf_counter() - started
@@ -178,12 +180,16 @@ class Trainer:
             with atomic_path(self.run.best) as path:
                 self.task.save(path)
 
-    def restore(self) -> None:
-        """Continue from the run's resume state, if it has one."""
+    def load(self) -> dict[str, Any] | None:
+        """The run's resume state, or None."""
         path = self.run.folder / "state.pt"
-        if not path.exists():
+        return torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
+
+    def restore(self) -> None:
+        """Continue from the resume state of the main process, if the run has one."""
+        state = distributed.from_main(self.load)
+        if state is None:
             return
-        state = torch.load(path, weights_only=True, map_location="cpu")
         self.epochs, self.steps, self.seconds = state["epochs"], state["steps"], state["seconds"]
         for name, part in self.parts.items():
             part.load_state_dict(state[name])

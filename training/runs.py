@@ -35,20 +35,27 @@ class Run:
         `settings` are all options, and what else a result depends on.
         Raises InputError for a folder with another run, or one that another process is writing.
         """
-        self.folder = Path(settings["out_dir"] or Path("runs", task, name))
+        if settings["out_dir"]:
+            self.folder = Path(settings["out_dir"])
+        else:
+            self.folder = choose_folder(Path("runs", task), name, settings["resume"])
         self.best = self.folder / "best"  # the best model
         self.title = name  # for the screen and plots
         self.summary: dict[str, Any] = {}  # the first entries of summary.json
         lock(self.folder)
+        for leftover in self.folder.glob(".*.tmp"):  # of a process that was killed
+            shutil.rmtree(leftover)
         path = self.folder / "config.json"
         config = json.loads(json.dumps(settings | environment()))
         if path.exists():
-            self.check_same(json.loads(path.read_text("utf-8")), config)
-        else:
-            write_json(path, config)
+            config = self.continued(json.loads(path.read_text("utf-8")), config)
+        write_json(path, config)
 
-    def check_same(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        """Raise InputError unless --resume continues the same run; note other code or packages."""
+    def continued(self, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+        """The settings of a resumed run, with a note if code or packages changed.
+
+        Raises InputError without --resume, and for other settings.
+        """
         if not new["resume"]:
             raise InputError(f"{self.folder} holds a run: --resume it, or name another --out_dir")
         changed = {name for name in new if old.get(name) != new[name]} - NOT_COMPARED
@@ -57,6 +64,17 @@ class Run:
             raise InputError(f"{self.folder} has another {name} ({values}): cannot resume it")
         if changed:
             print(f"note: resumed with another {' and '.join(sorted(changed))}")
+            resumed = {name: new[name] for name in sorted(changed)}
+            old["resumed"] = [*old.get("resumed", []), resumed]
+        return old
+
+
+def choose_folder(parent: Path, name: str, resume: bool) -> Path:
+    """The first free folder of name, name-2, ...; to resume, the last one that holds a run."""
+    folders = [parent / name]
+    while (folders[-1] / "config.json").exists():
+        folders.append(parent / f"{name}-{len(folders) + 1}")
+    return folders[-2] if resume and len(folders) > 1 else folders[-1]
 
 
 def lock(folder: Path) -> None:
