@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from datasets import read_sonnets
 from evaluation.experiment_plots import draw_experiment
 from evaluation.tables import COST, compare, report
 from pooling import POOLINGS
-from training.options import Parser, exit_cleanly
+from training.options import exit_cleanly
 from training.runs import atomic_path, lock, write_csv, write_text
 
 FIRST_SEED = 11711
@@ -254,7 +255,8 @@ class Table:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a table and write its report; the exit code is 1 if a run failed."""
-    parser = Parser(__doc__)
+    settings = {"formatter_class": RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = ArgumentParser(description=__doc__, **settings)
     add = parser.add_argument
     add("name", choices=EXPERIMENTS)
     add("--seeds", type=int, default=5, choices=range(1, 65), metavar="N", help="runs per row (5)")
