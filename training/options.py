@@ -79,6 +79,7 @@ def parse(
         rates = GPT2_RATES
     if options.lr is None:
         options.lr = rates["lora" if options.method == "lora" else "full"]
+    from_options(TrainConfig, options)  # or bad values would be found later
     return options
 
 
