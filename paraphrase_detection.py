@@ -20,17 +20,16 @@ from evaluation.plots import draw_attention
 from models.adapters import load_model
 from models.paraphrase_gpt import ANSWERS, HEAD_FILE, ParaphraseGPT
 from pooling import POOLINGS
-from training import distributed, setup
 from training import options as opt
+from training import setup
 from training.loop import Task
 from training.runs import write_csv
 
 TINY_RATES = {"full": 5e-4, "lora": 2e-3}  # chosen on dev, see data/README.md
 DEFAULTS = {"epochs": 3, "batch_size": 16, "schedule": "linear", "warmup": 0.06}
 DEFAULTS |= {"max_grad_norm": 1.0}
-REPORT = {"model_size": "gpt2", "pair_encoding": "joint", "dataset": "quora", "epochs": 3}
-REPORT |= {"patience": 3, "batch_size": 8, "schedule": "constant", "warmup": 0.0}
-REPORT |= {"max_grad_norm": 0.0}
+REPORT = {"model_size": "gpt2", "pair_encoding": "joint", "dataset": "quora", "patience": 3}
+REPORT |= {"batch_size": 8, "schedule": "constant", "warmup": 0.0, "max_grad_norm": 0.0}
 DATASETS = {
     "verses": {split: f"verses-{split}.csv" for split in ("train", "dev", "test")},
     "quora": {"train": "quora-train.csv", "dev": "quora-dev.csv", "test": "quora-test-student.csv"},
@@ -162,7 +161,6 @@ def score(options: Namespace) -> dict[str, float]:
 
 def predict_only(options: Namespace, hardware: opt.Hardware) -> None:
     """Classify --pair, or else the given files or dev and test pairs, with a saved model."""
-    distributed.shutdown()  # one process is enough
     model = ParaphraseGPT.from_pretrained(options.predict).to(hardware.device)
     if options.pair:
         answer_pairs(options.pair, model, hardware)

@@ -20,8 +20,8 @@ from models.adapters import load_model, save_adapter
 from models.generation import Continuation, first_lines
 from models.sonnet_gpt import SonnetGPT
 from speed.decoding import speed_up_decoding
-from training import distributed, setup
 from training import options as opt
+from training import setup
 from training.loop import Task
 
 TINY_RATES = {"full": 1e-4, "lora": 1e-3}  # chosen on dev, see data/README.md
@@ -35,8 +35,7 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     add = parser.add_argument_group("sonnets").add_argument
     for split, name in FILES.items():
         path = str(ROOT / "data" / f"Shakespeare_Sonnets_{split}.csv")
-        text = f"{split} sonnets, .csv or numbered text (default: the bundled ones)"
-        add(f"--{name}", default=path, metavar="FILE", help=text)
+        add(f"--{name}", default=path, metavar="FILE", help=f"{split} sonnets, .csv or numbered")
     output = "predictions/generated_sonnets.txt"
     add("--sonnet_out", default=output, metavar="FILE", help="the continued test sonnets")
     add("--generate", metavar="DIR", help="continue test sonnets with a model, adapter or best/")
@@ -61,20 +60,19 @@ def main(options: Namespace) -> None:
 
     # Data, model and method; test sonnets may be prompts only, as the course's are
     sonnets = {split: read_sonnets(vars(options)[name]) for split, name in FILES.items()}
-    complete = [split for split, frame in sonnets.items() if is_complete(frame)]
-    if "dev" not in complete:
+    if not is_complete(sonnets["dev"]):
         raise InputError(f"{options.dev_sonnet_path} has a sonnet without lines after the prompt")
+    splits = FILES if is_complete(sonnets["test"]) else ("train", "dev")
     model = SonnetGPT(load_model(options.model_size))
     setup.prepare(model, options, hardware)
-    datasets = {split: SonnetsDataset(sonnets[split], model.gpt) for split in complete}
+    datasets = {split: SonnetsDataset(sonnets[split], model.gpt) for split in splits}
     run = setup.open_run("sonnets", (), model, options, hardware)
 
     # Training
     measure = partial(setup.evaluate, language_model_metrics, hardware)
     save = partial(save_adapter, model) if options.method == "lora" else model.gpt.save_pretrained
-    dev = {"dev": datasets["dev"]}
-    task = Task(datasets.pop("train"), lambda: measure(model, dev)[0], save)
-    base, _ = distributed.from_main(lambda: measure(model, datasets))
+    task = Task(datasets.pop("train"), lambda: measure(model, {"dev": datasets["dev"]})[0], save)
+    base, _ = measure(model, datasets)
     setup.train(model, task, options, run, hardware)
 
     # The best model: its losses, and sonnets that it continues
@@ -82,9 +80,8 @@ def main(options: Namespace) -> None:
         model = SonnetGPT(load_model(run.best)).to(hardware.device)
     metrics, losses = measure(model, datasets)
     metrics = {f"base_{name}": value for name, value in base.items()} | metrics
-    test_out, outputs = Path(options.sonnet_out), {}
-    paths = {"dev": test_out.with_name("generated_dev_sonnets.txt"), "test": test_out}
-    for split, path in paths.items():
+    outputs, dev_out = {}, Path(options.sonnet_out).with_name("generated_dev_sonnets.txt")
+    for split, path in (("dev", dev_out), ("test", options.sonnet_out)):
         frame = sonnets[split]
         texts = generate(model, prompts_of(frame), options, hardware, max_lines=0)
         outputs[path] = format_sonnets(frame, texts, options.max_lines)
@@ -118,7 +115,6 @@ def generate(
 
 def generate_only(options: Namespace, hardware: opt.Hardware) -> None:
     """Continue the prompts, or else the test sonnets, with a saved model or adapter."""
-    distributed.shutdown()  # one process is enough
     model = SonnetGPT(load_model(options.generate)).to(hardware.device)
     if options.prompt:
         prompts = options.prompt * options.num_samples
@@ -127,7 +123,6 @@ def generate_only(options: Namespace, hardware: opt.Hardware) -> None:
     else:
         sonnets = read_sonnets(options.held_out_sonnet_path)
         texts = generate(model, prompts_of(sonnets), options, hardware, options.max_lines)
-        print_preview(sonnets, texts, options.max_lines)
         setup.write_outputs({options.sonnet_out: format_sonnets(sonnets, texts, options.max_lines)})
 
 
@@ -137,9 +132,7 @@ def score(options: Namespace) -> dict[str, float]:
     gold, train, generated = map(read_sonnets, paths)
     both = gold.merge(generated, on="id", suffixes=("", "_generated"))
     if len(both) < len(gold) or not is_complete(gold):
-        raise InputError(
-            f"{options.score} lacks sonnets of {paths[0]}, or the latter has prompts only"
-        )
+        raise InputError(f"{options.score} lacks sonnets of {paths[0]}, or these are only prompts")
     texts = [Continuation(text, True) for text in both["text_generated"]]
     metrics = sonnet_metrics("test", texts, gold["text"], train["text"])
     del metrics["test_ended"]  # a file does not tell

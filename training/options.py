@@ -42,8 +42,7 @@ def task_parser(description: str | None, **defaults: Any) -> ArgumentParser:
     add = parser.add_argument_group("model and method").add_argument
     names = f"tiny (default), {', '.join(SIZES)}, or a folder"
     add("--model_size", default="tiny", metavar="NAME", help=names)
-    method = {"dest": "method", "action": "store_const", "const": "lora"}
-    add("--use_lora", **method, help="train LoRA matrices only")
+    add("--use_lora", action="store_const", dest="method", const="lora", help="train only LoRA")
     add("--dropout", type=float, metavar="P", help="instead of the rates in config.json")
     add("--preset", choices=["report"], help="settings of the student report")
     add_options(parser, TrainConfig, "training")

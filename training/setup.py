@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from torch import nn
 
@@ -88,14 +87,14 @@ def train(model: nn.Module, task: Task, options: Namespace, run: Run, hardware: 
     run.summary |= {"epochs": len(epochs), "best_epoch": best}
     if epochs:
         table = pd.DataFrame(epochs)
-        speed = np.average(table["tokens_per_second"], weights=table["seconds"])
+        tokens = (table["tokens_per_second"] * table["seconds"]).sum()
         run.summary |= {
             "first_train_loss": epochs[0]["train_loss"],
             "final_train_loss": epochs[-1]["train_loss"],
             "best_dev_loss": epochs[best - 1]["dev_loss"],
             "train_seconds": round(table["seconds"].sum(), 3),
             "seconds_per_epoch": round(table["seconds"].mean(), 3),
-            "tokens_per_second": round(speed, 1),
+            "tokens_per_second": round(tokens / table["seconds"].sum(), 1),
             "peak_memory_gb": epochs[-1]["peak_memory_gb"],
         }
 
