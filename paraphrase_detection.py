@@ -41,12 +41,10 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     parser = opt.task_parser(__doc__, **DEFAULTS)
     add = parser.add_argument_group("pairs").add_argument
     add("--pooling", default="last", choices=POOLINGS, help="how hidden states become one vector")
-    encodings = ("joint", "separate")
-    add("--pair_encoding", choices=encodings, help="one prompt (default but for tiny) or two")
+    add("--pair_encoding", choices=("joint", "separate"), help="one prompt, or two (for tiny)")
     frozen = {"dest": "method", "action": "store_const", "const": "frozen"}
     add("--freeze_gpt", **frozen, help="train only pooling and head, GPT-2 in eval mode")
-    text = "bundled pairs, or those of data/download_quora.py (default with --preset report)"
-    add("--dataset", default="verses", choices=DATASETS, help=text)
+    add("--dataset", default="verses", choices=DATASETS, help="quora: see data/download_quora.py")
     for split in ("train", "dev", "test"):
         add(f"--para_{split}", metavar="FILE", help=f"{split} pairs, instead of all of --dataset")
     for split in ("dev", "test"):
