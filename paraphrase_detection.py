@@ -139,8 +139,8 @@ def format_predictions(
     for split, frame in results.groupby("split"):
         answers = frame.set_index("id")["predicted"].reindex(datasets[split].all_ids, fill_value=0)
         lines = [f"{name}, {answer} \n" for name, answer in answers.items()]
-        path = vars(options)[f"para_{split}_out"]
-        outputs[path] = "id \t Predicted_Is_Paraphrase \n" + "".join(lines)
+        text = "id \t Predicted_Is_Paraphrase \n" + "".join(lines)
+        outputs[f"para-{split}-output.csv"] = vars(options)[f"para_{split}_out"], text
     return outputs
 
 

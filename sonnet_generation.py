@@ -26,6 +26,7 @@ from training.loop import Task
 
 TINY_RATES = {"full": 1e-4, "lora": 1e-3}  # chosen on dev, see data/README.md
 REPORT = {"model_size": "gpt2", "epochs": 10, "batch_size": 8, "patience": 3, "temperature": 1.2}
+OUTPUTS = {"dev": "generated_dev_sonnets.txt", "test": "generated_sonnets.txt"}
 FILES = {"train": "sonnet_path", "dev": "dev_sonnet_path", "test": "held_out_sonnet_path"}
 
 
@@ -36,7 +37,7 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     for split, name in FILES.items():
         path = str(ROOT / "data" / f"Shakespeare_Sonnets_{split}.csv")
         add(f"--{name}", default=path, metavar="FILE", help=f"{split} sonnets, .csv or numbered")
-    output = "predictions/generated_sonnets.txt"
+    output = f"predictions/{OUTPUTS['test']}"
     add("--sonnet_out", default=output, metavar="FILE", help="the continued test sonnets")
     add("--generate", metavar="DIR", help="continue test sonnets with a model, adapter or best/")
     add("--prompt", action="append", metavar="TEXT", help="with --generate: continue this instead")
@@ -80,11 +81,12 @@ def main(options: Namespace) -> None:
         model = SonnetGPT(load_model(run.best)).to(hardware.device)
     metrics, losses = measure(model, datasets)
     metrics = {f"base_{name}": value for name, value in base.items()} | metrics
-    outputs, dev_out = {}, Path(options.sonnet_out).with_name("generated_dev_sonnets.txt")
-    for split, path in (("dev", dev_out), ("test", options.sonnet_out)):
+    dev_out = str(Path(options.sonnet_out).with_name(OUTPUTS["dev"]))
+    outputs, paths = {}, {"dev": dev_out, "test": options.sonnet_out}
+    for split, name in OUTPUTS.items():
         frame = sonnets[split]
         texts = generate(model, prompts_of(frame), options, hardware, max_lines=0)
-        outputs[path] = format_sonnets(frame, texts, options.max_lines)
+        outputs[name] = paths[split], format_sonnets(frame, texts, options.max_lines)
         if split in datasets:
             metrics |= sonnet_metrics(split, texts, frame["text"], sonnets["train"]["text"])
     print_preview(sonnets["test"], texts, options.max_lines)
@@ -123,7 +125,8 @@ def generate_only(options: Namespace, hardware: opt.Hardware) -> None:
     else:
         sonnets = read_sonnets(options.held_out_sonnet_path)
         texts = generate(model, prompts_of(sonnets), options, hardware, options.max_lines)
-        setup.write_outputs({options.sonnet_out: format_sonnets(sonnets, texts, options.max_lines)})
+        text = format_sonnets(sonnets, texts, options.max_lines)
+        setup.write_outputs({OUTPUTS["test"]: (options.sonnet_out, text)})
 
 
 def score(options: Namespace) -> dict[str, float]:

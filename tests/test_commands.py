@@ -83,10 +83,10 @@ def test_sonnets_have_the_format_of_the_course(trained, files, tmp_path, kind):
     sonnet = "\n{0}\n\nFrom fairest\ncreatures\nwe {0}\n[^\0]*?\n"
     blocks = "".join(sonnet.format(number) for number in range(1, 6))
     assert re.fullmatch(f"--Generated Sonnets--\n\n{blocks}", text)
-    assert read(copies / f"{kind}.txt") == text
+    assert read(copies / "generated_sonnets.txt") == text
     given = [f"--generate={trained[kind] / 'best'}", *FAST, "--max_new_tokens=4"]
     given += [f"--held_out_sonnet_path={files / 'sonnets.txt'}", f"--sonnet_out={tmp_path / 'out'}"]
-    for name, lines in ((f"{kind}.txt", 14), ("generated_dev_sonnets.txt", 0)):
+    for name, lines in (("generated_sonnets.txt", 14), ("generated_dev_sonnets.txt", 0)):
         command("sonnets", [*given, f"--max_lines={lines}"])
         assert read(tmp_path / "out") == read(copies / name)
 
@@ -102,7 +102,7 @@ def test_predictions_have_the_format_of_the_course(trained, files, tmp_path, cap
         text = read(trained[kind].with_name(f"{kind}-{split}.csv"))
         lines = "".join(f"p{number}, [01] \n" for number in range(7))
         assert re.fullmatch(f"id \t Predicted_Is_Paraphrase \n{lines}", text)
-        assert text == read(copies / f"{kind}-{split}.csv") == read(tmp_path / split)
+        assert text == read(copies / f"para-{split}-output.csv") == read(tmp_path / split)
     pairs = read_pairs(files / "pairs.csv")[["sentence1", "sentence2"]].values.tolist()
     capsys.readouterr()
     command("paraphrases", [best, *FAST, *(w for pair in pairs for w in ("--pair", *pair))])
@@ -199,7 +199,7 @@ def test_a_classifier_is_evaluated_and_trained_further(trained, files, tmp_path,
 def test_the_score_of_a_run_is_that_of_its_summary(trained, files, capsys):
     """chrF of the saved texts, with and without the given lines."""
     folder = trained["sonnets-full"]
-    text = folder / "predictions" / "sonnets-full.txt"
+    text = folder / "predictions" / "generated_sonnets.txt"
     given = [
         f"--{name}={files / 'sonnets.txt'}" for name in ("sonnet_path", "held_out_sonnet_path")
     ]

@@ -21,7 +21,7 @@ from training.options import Hardware, from_options
 from training.runs import FILE_OPTIONS, Run, file_sha256, write_csv, write_json, write_text
 
 Measure = Callable[[nn.Module, TextDataset], Results]
-Outputs = dict[str | Path, str]  # path and text of each file of predictions
+Outputs = dict[str, tuple[str, str]]  # name in predictions/ -> path of a copy, and the text
 
 
 def check_outputs(options: Namespace, *names: str) -> None:
@@ -120,8 +120,8 @@ def finish_run(
     `usage` is the command that uses the model.
     """
     summary = run.summary | metrics
-    for path, text in outputs.items():
-        write_text(run.folder / "predictions" / Path(path).name, text)
+    for name, (_, text) in outputs.items():
+        write_text(run.folder / "predictions" / name, text)
     write_csv(run.folder / "per_text.csv", per_text)
     write_json(run.folder / "summary.json", summary)
     if summary["epochs"]:
@@ -134,7 +134,7 @@ def finish_run(
 
 
 def write_outputs(outputs: Outputs) -> None:
-    """Write predictions where the user wants them."""
-    for path, text in outputs.items():
+    """Write the copies of predictions where the options name them."""
+    for path, text in outputs.values():
         write_text(path, text)
         print(f"predictions: {path}")
