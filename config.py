@@ -10,6 +10,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent
 # The linear layers of a GPT-2 layer, which LoRA can adapt.
 LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "interm_dense", "out_dense")
+SCHEDULES = ("constant", "linear", "cosine")
 
 
 class InputError(Exception):
@@ -32,22 +33,15 @@ class GPT2Config:
     eos_token_id: int | None = None  # ends training texts and stops generation
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_embd", "n_head", "vocab_size", "n_positions"):
-            check_number(name, getattr(self, name), (1, 2**24), int)
-        for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop", "layer_norm_epsilon"):
-            check_number(name, getattr(self, name), (0, 1), float)
         if self.n_embd % self.n_head:
             raise InputError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
 
 
-def check_number(name: str, value: Any, limits: tuple[float, float], kind: type) -> None:
-    """Raise InputError unless low <= value < high for `limits` (low, high), a number of `kind`."""
-    kinds = int if kind is int else (int, float)
+def check_range(name: str, value: float, limits: tuple[float, float]) -> None:
+    """Raise InputError unless low <= value < high for `limits` (low, high)."""
     low, high = limits
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value < high:
-        number = "a whole number" if kind is int else "a number"
-        below = f" and below {high:.10g}" if high < math.inf else ""
-        raise InputError(f"{name} must be {number} of at least {low:g}{below}, not {value!r}")
+    if not low <= value < high:
+        raise InputError(f"{name} must be at least {low:g} and below {high:.10g}, not {value!r}")
 
 
 def seed_from(*values: object) -> int:
@@ -60,7 +54,7 @@ def option(
     default: Any, help: str, limits: tuple[float, float] = (0, math.inf), **settings: Any
 ) -> Any:
     """A field with its range, if it is a number, and argparse's settings of its option."""
-    settings = {"help": help, "type": type(default), "metavar": "N"} | settings
+    settings = {"help": f"{help} (default: %(default)s)", "type": type(default)} | settings
     return field(default=default, metadata={"limits": limits, "option": settings})
 
 
@@ -69,9 +63,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for entry in dataclasses.fields(self):
-            value = getattr(self, entry.name)
             if entry.type in (int, float):
-                check_number(entry.name, value, entry.metadata["limits"], entry.type)
+                check_range(entry.name, vars(self)[entry.name], entry.metadata["limits"])
 
 
 @dataclass(frozen=True)
@@ -94,8 +87,7 @@ class LoRAConfig(Settings):
         super().__post_init__()
         targets = LINEARS if "all" in self.targets else self.targets
         if not targets or not set(targets) <= set(LINEARS):
-            names, given = ", ".join(LINEARS), ", ".join(targets) or "empty"
-            raise InputError(f"lora_targets must be all or some of {names}, not {given}")
+            raise InputError(f"lora_targets must be all or some of {LINEARS}, not {targets}")
         object.__setattr__(self, "targets", tuple(name for name in LINEARS if name in targets))
 
 
@@ -108,12 +100,7 @@ class TrainConfig(Settings):
     batch_size: int = option(8, "examples per batch, over all processes", (1, 2**31))
     grad_accumulation: int = option(1, "batches per optimizer step", (1, 2**31))
     seed: int = option(11711, "seed of initialization, batches, dropout, sampling", (0, 2**63))
-    schedule: str = option(
-        "constant",
-        "learning rate after warm-up",
-        choices=("constant", "linear", "cosine"),
-        metavar=None,
-    )
+    schedule: str = option("constant", "learning rate after warm-up", choices=SCHEDULES)
     warmup: float = option(0.0, "share of all steps with a rising learning rate", (0, 1))
     max_grad_norm: float = option(0.0, "clip the gradient norm; 0 does not clip")
     weight_decay: float = option(0.0, "decay of AdamW, of the matrices of linear layers only")

@@ -2,7 +2,7 @@
 
 import csv
 import re
-from itertools import chain, combinations
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -147,21 +147,6 @@ def undo_double_quoting(text: str) -> str:
     inner = text[1:-1]
     is_quoted = '""' in inner and re.fullmatch(QUOTED_FIELD, text)
     return inner.replace('""', '"') if is_quoted else text
-
-
-def note_repeated_texts(splits: dict[str, list[list[str]]]) -> None:
-    """Print how many examples occur in two splits, whatever their case, punctuation and order.
-
-    An example is a list of texts.
-    """
-    keys = {
-        split: {frozenset(re.sub(r"\W+", " ", t.lower()).strip() for t in e) for e in examples}
-        for split, examples in splits.items()
-    }
-    for one, other in combinations(keys, 2):
-        if keys[one] & keys[other]:
-            count = len(keys[one] & keys[other])
-            print(f"note: {count} texts of {other} also occur in {one}")
 
 
 class TextDataset:

@@ -18,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -33,7 +34,7 @@ from datasets import read_sonnets
 from evaluation.plots import draw_experiment
 from evaluation.tables import COST, compare, read_baselines, report
 from pooling import POOLINGS
-from training.options import Parser, exit_cleanly
+from training.options import exit_cleanly
 from training.runs import atomic_path, lock, write_csv, write_text
 
 FIRST_SEED = 11711
@@ -238,7 +239,8 @@ def file_name(text: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a table and write its report; the exit code is 1 if a run failed."""
-    parser = Parser(__doc__)
+    settings = {"formatter_class": RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = ArgumentParser(description=__doc__, **settings)
     add = parser.add_argument
     add("name", choices=EXPERIMENTS)
     add("--seeds", type=int, default=5, choices=range(1, 65), metavar="N", help="runs per row (5)")

@@ -9,7 +9,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from config import check_number
+from config import check_range
 
 
 class Pooling(nn.Module):
@@ -105,7 +105,7 @@ class MultiHeadPooling(Pooling):
         super().__init__(heads * width)
         self.penalties = parameter_penalty, attention_penalty, vector_penalty
         for penalty in self.penalties:
-            check_number("a penalty", penalty, (0, math.inf), float)
+            check_range("a penalty", penalty, (0, math.inf))
         self.inner = nn.ModuleList(nn.Linear(width, width // 2) for _ in range(heads))
         self.outer = nn.ModuleList(nn.Linear(width // 2, width) for _ in range(heads))
 

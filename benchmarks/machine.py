@@ -10,7 +10,6 @@ import argparse
 import os
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,7 +25,7 @@ OUT = ROOT / "benchmarks" / "results" / "machine.md"
 
 def describe():
     """Lines about hardware and versions."""
-    hardware = choose_hardware(Namespace(device="auto", use_gpu=False, dtype="auto"))
+    hardware = choose_hardware()
     gpus = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
     names = [f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB" for gpu in gpus]
     packages = environment()["packages"].items()

@@ -284,13 +284,6 @@ def test_batches_are_a_partition_of_similar_lengths(gpt, batch_size):
         assert sum(one[-1] - one[0] for one in lengths) / len(lengths) < 40  # of 199
 
 
-def test_texts_in_two_splits_are_noted(capsys):
-    """Swapped, in another case and in quotes, but not if one text differs."""
-    train, dev = [["What is rice?", "Why so?"], ["a", "b"]], [['"WHY so"', "what is  rice"]]
-    datasets.note_repeated_texts({"train": train, "dev": dev, "test": [["a", "c"]]})
-    assert capsys.readouterr().out == "note: 1 texts of dev also occur in train\n"
-
-
 def test_importing_has_no_side_effect():
     """At the top level there are imports, constants, functions and classes."""
     tree = ast.parse((ROOT / "datasets.py").read_text(encoding="utf-8"))

@@ -1,5 +1,6 @@
 """The folder of a run: its name, what may be resumed, locks, and files that are whole or absent."""
 
+import json
 import os
 import pickle
 import shutil
@@ -22,17 +23,25 @@ def start(out_dir=None, resume=False, inputs=None, name="a", **others):
     return Run("task", name, options | (inputs or {}))
 
 
-@pytest.mark.parametrize("out_dir", [None, "other/folder"])
-def test_a_folder_is_used_once(tmp_path, monkeypatch, out_dir):
+def test_a_named_folder_is_used_once(tmp_path):
     """--resume continues the run, or starts it."""
-    monkeypatch.chdir(tmp_path)
-    assert start(out_dir, resume=True).folder == Path(out_dir or "runs/task/a")
-    assert start(out_dir, resume=True).folder == Path(out_dir or "runs/task/a")
-    config = Path(out_dir or "runs/task/a", "config.json")
-    before = config.read_bytes()
+    assert start(tmp_path / "a", resume=True).folder == tmp_path / "a"
+    assert start(tmp_path / "a", resume=True).folder == tmp_path / "a"
+    before = (tmp_path / "a" / "config.json").read_bytes()
     with pytest.raises(InputError, match="holds a run: --resume it, or name another --out_dir"):
-        start(out_dir)
-    assert config.read_bytes() == before
+        start(tmp_path / "a")
+    assert (tmp_path / "a" / "config.json").read_bytes() == before
+
+
+def test_a_repeated_command_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    """--resume continues the last of them."""
+    monkeypatch.chdir(tmp_path)
+    assert [start(resume=resume).folder.name for resume in (True, False, False)] == [
+        "a",
+        "a-2",
+        "a-3",
+    ]
+    assert start(resume=True).folder == Path("runs/task/a-3")
     assert start(name="b").folder == Path("runs/task/b")
 
 
@@ -58,6 +67,9 @@ def test_other_code_and_packages_are_noted(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(runs, "environment", lambda change=change: now | change)
         start(tmp_path, resume=True)
         assert f"note: resumed with another {', '.join(change)}" in capsys.readouterr().out
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["commit"] == now["commit"]
+    assert [list(record) for record in config["resumed"]] == [["commit"], ["packages"]]
 
 
 def test_a_moved_run_and_moved_data_are_resumed(tmp_path, monkeypatch):

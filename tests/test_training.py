@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from small_runs import KINDS, SCRIPTS, arguments, command, make_files, outcome, run
+from small_runs import KINDS, arguments, command, make_files, outcome, run
 from torch import nn
 
 from config import LoRAConfig, TrainConfig
@@ -16,7 +16,7 @@ from datasets import TextDataset, split
 from lora import apply_lora
 from models.sonnet_gpt import SonnetGPT
 from speed.training import speed_up
-from training import loop
+from training import loop, setup
 from training.loop import Task, Trainer, learning_rate, make_optimizer
 from training.options import Hardware
 from training.runs import Run
@@ -285,7 +285,7 @@ def test_a_step_reads_nothing_from_the_device(files, tmp_path, monkeypatch, kind
             raise Stop
 
     task = kind.split("-")[0]
-    monkeypatch.setattr(SCRIPTS[task], "Trainer", OnMeta)
+    monkeypatch.setattr(setup, "Trainer", OnMeta)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # unknown to meta
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     module = sys.modules[torch.optim.Optimizer.__module__]

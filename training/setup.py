@@ -5,11 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from torch import nn
 
-from config import InputError, LoRAConfig
+from config import InputError, LoRAConfig, TrainConfig
 from datasets import TextDataset
 from evaluation.metrics import Results, metrics_table
 from evaluation.plots import draw_curves
@@ -17,7 +16,7 @@ from lora import apply_lora, backbone, lora_layers, merge_lora
 from models.adapters import base_sha256
 from speed.training import speed_up
 from training import distributed
-from training.loop import best_epoch
+from training.loop import Task, Trainer, best_epoch
 from training.options import Hardware, from_options
 from training.runs import FILE_OPTIONS, Run, file_sha256, write_csv, write_json, write_text
 
@@ -26,22 +25,18 @@ Outputs = dict[str, tuple[str, str]]  # name in predictions/ -> path of a copy, 
 
 
 def check_outputs(options: Namespace, *names: str) -> None:
-    """Raise InputError for an output that cannot be written or would replace another file."""
+    """Raise InputError for an output that would replace an input."""
     values = vars(options)
-    used = {Path(values[name]).resolve() for name in FILE_OPTIONS if values.get(name)}
+    inputs = [Path(values[name]).resolve() for name in FILE_OPTIONS if values.get(name)]
     for name in names:
-        path = Path(values[name]).resolve()
-        parent = next(parent for parent in path.parents if parent.exists())
-        if path in used or path.is_dir() or not parent.is_dir():
-            problem = "is an input, another output, a folder, or inside of a file"
-            raise InputError(f"--{name} {path} {problem}")
-        used.add(path)
+        if Path(values[name]).resolve() in inputs:
+            raise InputError(f"--{name} {values[name]} is an input; name another file")
 
 
 def prepare(model: nn.Module, options: Namespace, hardware: Hardware) -> None:
     """Choose what is trained and how; an adapter that the GPT-2 has is trained further."""
     gpt = backbone(model)
-    if not options.use_lora:
+    if options.method != "lora":
         merge_lora(gpt).requires_grad_(options.method == "full")
     elif not lora_layers(gpt):
         apply_lora(gpt, from_options(LoRAConfig, options, prefix="lora_"))
@@ -61,9 +56,8 @@ def open_run(
     task: str, variant: tuple[str, ...], model: nn.Module, options: Namespace, hardware: Hardware
 ) -> Run:
     """Open the run's folder in the main process and print what will be trained."""
-    values, method = vars(options), options.method
+    values, words = vars(options), [Path(options.model_size).name, *variant, options.method]
     inputs = {
-        "task": task,
         "data_sha256": {name: file_sha256(values[name]) for name in FILE_OPTIONS if name in values},
         "model_sha256": base_sha256(model),
         "model_config": vars(backbone(model).config),
@@ -71,19 +65,38 @@ def open_run(
         "device_type": hardware.device.type,
         "processes": distributed.world_size(),
     }
-    name = "-".join([Path(options.model_size).name, *variant, method, f"seed{options.seed}"])
+    name = "-".join([*words, f"seed{options.seed}"])
     run = distributed.from_main(lambda: Run(task, name, values | inputs))
+    run.title = ", ".join(words)
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    run.summary = {"task": task, "model": options.model_size, "method": method}
+    run.summary = {"task": task, "model": options.model_size, "method": options.method}
     run.summary |= {"seed": options.seed, "trainable_parameters": trainable}
     run.summary |= {"total_parameters": total}
-    run.title = ", ".join([options.model_size, *variant, method])
     print(
         f"{task}: {run.title}\n{trainable:,} of {total:,} parameters are trained with learning "
         f"rate {options.lr:g}\nprecision {inputs['dtype']} on {hardware.device}, in {run.folder}"
     )
     return run
+
+
+def train(model: nn.Module, task: Task, options: Namespace, run: Run, hardware: Hardware) -> None:
+    """Train, and add the results to the run's summary; times are of training without evaluation."""
+    epochs = Trainer(model, task, from_options(TrainConfig, options), run, hardware).train()
+    best = best_epoch(epochs, task.metric)
+    run.summary |= {"epochs": len(epochs), "best_epoch": best}
+    if epochs:
+        table = pd.DataFrame(epochs)
+        tokens = (table["tokens_per_second"] * table["seconds"]).sum()
+        run.summary |= {
+            "first_train_loss": epochs[0]["train_loss"],
+            "final_train_loss": epochs[-1]["train_loss"],
+            "best_dev_loss": epochs[best - 1]["dev_loss"],
+            "train_seconds": round(table["seconds"].sum(), 3),
+            "seconds_per_epoch": round(table["seconds"].mean(), 3),
+            "tokens_per_second": round(tokens / table["seconds"].sum(), 1),
+            "peak_memory_gb": epochs[-1]["peak_memory_gb"],
+        }
 
 
 def evaluate(
@@ -111,35 +124,17 @@ def finish_run(
         write_text(run.folder / "predictions" / name, text)
     write_csv(run.folder / "per_text.csv", per_text)
     write_json(run.folder / "summary.json", summary)
-    for path, text in outputs.values():
-        write_text(path, text)
     if summary["epochs"]:
         table = pd.Series(summary, name="value").rename_axis("metric").to_markdown()
-        title = f"# {run.title}\n\nThe best epoch of a run of this project."
-        write_text(run.best / "README.md", f"{title}\n\n    {usage}\n\n{table}\n")
+        write_text(run.best / "README.md", f"# {run.title}\n\n    {usage}\n\n{table}\n")
         draw_curves(run.folder, run.title, summary.get("base_dev_loss"))
         print(f"\nnext: {usage}")
-    paths = ", ".join(path for path, _ in outputs.values())
-    print(f"\n{metrics_table(metrics)}\n\npredictions: {paths}")
-    print(f"metrics, plots and best model: {run.folder}")
+    print(f"\n{metrics_table(metrics)}\n\nmetrics, plots and best model: {run.folder}")
+    write_outputs(outputs)
 
 
-def summarize(epochs: list[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """The training part of summary.json; times are of training without evaluation."""
-    if not epochs:
-        return {"epochs": 0, "best_epoch": 0, "peak_memory_gb": None}
-    table = pd.DataFrame(epochs)
-    best, seconds = best_epoch(epochs, metric), table["seconds"].sum()
-    speed = np.average(table["tokens_per_second"], weights=table["seconds"])
-    return {
-        "epochs": len(table),
-        "best_epoch": best,
-        "peak_memory_gb": epochs[-1]["peak_memory_gb"],
-        "first_train_loss": epochs[0]["train_loss"],
-        "final_train_loss": epochs[-1]["train_loss"],
-        "best_dev_loss": epochs[best - 1]["dev_loss"],
-        "train_seconds": round(seconds, 3),
-        "seconds_per_epoch": round(seconds / len(table), 3),
-        "tokens_per_second": round(speed, 1),
-        "skipped_steps": int(table["skipped_steps"].sum()),
-    }
+def write_outputs(outputs: Outputs) -> None:
+    """Write the copies of predictions where the options name them."""
+    for path, text in outputs.values():
+        write_text(path, text)
+        print(f"predictions: {path}")

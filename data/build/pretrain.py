@@ -118,7 +118,7 @@ def main(options: Namespace) -> None:
         )
 
     # Data and model
-    hardware = choose_hardware(Namespace(device="auto", use_gpu=False, dtype="auto"))
+    hardware = choose_hardware()
     hashes = {name: file_sha256(options.corpus / f"{name}.npy") for name in SHARES}
     compared = {"epochs": options.epochs, "lr": options.lr}
     paths = {"resume": options.resume, "out_dir": options.out_dir}
