@@ -140,7 +140,7 @@ def test_incomplete_data_sets(tmp_path, monkeypatch, capsys):
 
 
 FAULTS = [
-    (KeyboardInterrupt(), 130, "stopped; repeat the command with --resume to continue"),
+    (KeyboardInterrupt(), 130, "stopped; --resume continues a run, and --continue a table"),
     (torch.OutOfMemoryError("CUDA out of memory"), 1, "error: out of memory; use a smaller"),
     (MemoryError(), 1, "error: out of memory; use a smaller"),
     (FloatingPointError("loss nan"), 1, "error: loss nan; saved files are intact"),
