@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from config import ROOT, InputError, TrainConfig
-from datasets import PairsDataset, make_pairs, note_repeated_texts, read_pairs, read_text
+from datasets import PairsDataset, make_pairs, read_pairs, read_text
 from evaluation.metrics import classification_metrics, metrics_table, pair_metrics
 from evaluation.plots import draw_attention
 from models.adapters import load_model
@@ -103,7 +103,6 @@ def main(options: Namespace) -> None:
     model = load_classifier(options)
     prepare(model, options, hardware)
     pairs = {split: read_split(options, split) for split in SPLITS}
-    note_repeated_texts({s: frame[SENTENCES].values.tolist() for s, frame in pairs.items()})
     datasets = {split: make_dataset(model, split, frame) for split, frame in pairs.items()}
     variant = (model.settings["pooling"], model.settings["pair_encoding"])
     run = open_run("paraphrases", variant, model, options, hardware)

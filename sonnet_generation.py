@@ -68,7 +68,6 @@ def main(options: Namespace) -> None:
 
     # Data, model and method
     sonnets = {split: data.read_sonnets(vars(options)[name]) for split, name in FILES.items()}
-    data.note_repeated_texts({s: [[t] for t in frame["text"]] for s, frame in sonnets.items()})
     for number in prompts_only(sonnets["dev"]):
         raise InputError(f"dev sonnet {number} has no lines after the prompt; complete it")
     model = SonnetGPT(load_model(options.model_size))
