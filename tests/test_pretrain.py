@@ -31,20 +31,3 @@ def test_pretrains_on_a_small_corpus(tmp_path, monkeypatch, capsys):
     assert GPT2Model.from_pretrained(tmp_path / "run" / "best").config == pretrain.TINY
     saved = (tmp_path / "model" / "model.safetensors").stat().st_size
     assert saved < 2.1 * 5_387_776  # float16
-
-
-def test_every_source_has_its_share_and_continues(tmp_path):
-    pretrain = load_pretrain()
-    for name in pretrain.SHARES:
-        np.save(tmp_path / f"{name}.npy", np.arange(40_000, dtype=np.uint16))
-    corpus = pretrain.Corpus(tmp_path, epochs=2)
-    for epoch, (size, length) in enumerate(pretrain.BATCHES):
-        batches = corpus.batches(0, 0, epoch)
-        assert len(batches) == pretrain.STEPS
-        assert {len(batch) for batch in batches} == {size}
-        sources = [source for batch in batches for source, _, _ in batch]
-        for name, shares in pretrain.SHARES.items():
-            assert abs(sources.count(name) / len(sources) - shares[epoch]) < 0.001
-        batch = corpus.collate(batches[0])
-        assert batch["input_ids"].shape == (size, length)
-        assert (batch["labels"][:, :-1] == batch["input_ids"][:, 1:]).all()
