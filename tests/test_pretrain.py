@@ -9,15 +9,10 @@ from config import ROOT
 from models.gpt2 import GPT2Model
 
 
-def load_pretrain():
-    spec = importlib.util.spec_from_file_location("pretrain", ROOT / "data/build/pretrain.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_pretrains_on_a_small_corpus(tmp_path, monkeypatch, capsys):
-    pretrain = load_pretrain()
+    spec = importlib.util.spec_from_file_location("pretrain", ROOT / "data/build/pretrain.py")
+    pretrain = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pretrain)
     generator = np.random.default_rng(0)
     for name in ("shakespeare", "bible", "modern", "heldout_bible", "heldout_modern"):
         np.save(tmp_path / f"{name}.npy", generator.integers(0, 50, 3000).astype(np.uint16))

@@ -99,11 +99,3 @@ def test_all_readers_agree(splits, split):
     pairs["is_duplicate"] = pairs["label"].astype(int).astype(str)
     assert pairs[list(splits[split][0])].to_dict("records") == splits[split]
     assert pairs.index.tolist() == list(range(2, SIZES[split] + 2))
-
-
-@pytest.mark.parametrize("split", SIZES)
-def test_line_ends(split):
-    """Only newlines, one per record and one for the header."""
-    content = (DATA / f"verses-{split}.csv").read_bytes()
-    assert b"\r" not in content
-    assert content.count(b"\n") == SIZES[split] + 1
