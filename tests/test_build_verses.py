@@ -4,7 +4,6 @@ import csv
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 BUILD = Path(__file__).resolve().parent.parent / "data" / "build"
@@ -80,27 +79,3 @@ def test_pairs_of_a_synthetic_bible(small, tmp_path):
         assert sorted(firsts["0"]) == sorted(firsts["1"])
         negatives = {pair["sentence2"] for pair in pairs if pair["is_duplicate"] == "0"}
         assert len(negatives) == SIZES[split, "old"]
-
-
-def test_negatives_are_as_similar_as_positives(small):
-    """No measure differs by more than the largest difference, and the cost is their sum."""
-    verses, _ = small
-    options = verses.book_options(GENESIS, set())
-    assert options
-    for option in options[:20]:
-        first, same, other = option.texts
-        measured = verses.measures([first], [same, other])[0]
-        differences = np.abs(measured[0] - measured[1]) / verses.TOLERANCES
-        assert differences.max() <= verses.LARGEST_DIFFERENCE
-        assert differences.sum() == pytest.approx(option.cost, abs=1e-4)
-        assert abs(option.verse - option.other) > 1
-
-
-def test_filtering_reduces_what_the_regression_sees(small):
-    """The regression of the unfiltered pairs separates the filtered ones less."""
-    verses, _ = small
-    options = [o for book in (GENESIS, JOB, PROVERBS) for o in verses.book_options(book, set())]
-    before = verses.select(options, np.array([option.cost for option in options]))
-    scores = dict(zip(options, verses.Scorer(options).differences(before, options), strict=True))
-    after = verses.choose_pairs(options)
-    assert np.abs([scores[o] for o in after]).mean() < np.abs([scores[o] for o in before]).mean()

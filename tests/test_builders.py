@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -245,10 +244,3 @@ def test_the_tokenizer_and_its_token_arrays(built, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "VOCABULARY", 10_000)
     with pytest.raises(ValueError, match="instead of 10000"):
         tokenizer.train(["too little text"])
-
-
-def test_builders_find_their_imports_from_any_folder(tmp_path):
-    """A script's own folder is on the path; nothing is built."""
-    folder = ROOT / "data" / "build"
-    code = f"import sys; sys.path[0] = {str(folder)!r}; import sonnets, tokenizer"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=60)

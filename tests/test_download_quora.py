@@ -1,8 +1,8 @@
 """data/download_quora.py: its files, its splits, and that a bad archive changes nothing."""
 
-import csv
 import importlib.util
 import io
+import re
 import subprocess
 import sys
 import urllib.error
@@ -86,16 +86,9 @@ def test_every_usable_line_is_written_once(script, archive, tmp_path, capsys):
     assert test["label"].isna().all()
     assert f"left out: {len(LEFT_OUT)} lines" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(NAMES)
-
-
-def test_the_columns_are_those_of_the_course(script, archive, tmp_path):
-    """Tab-separated, with an unnamed index from 0."""
-    script.main(["--source", str(archive), "--out", str(tmp_path)])
-    with open(tmp_path / NAMES[0], encoding="utf-8", newline="") as file:
-        header, *records = csv.reader(file, delimiter="\t", strict=True)
-    assert header == ["", "id", "sentence1", "sentence2", "is_duplicate"]
-    assert [record[0] for record in records] == [str(index) for index in range(len(records))]
-    assert {record[4] for record in records} == {"0.0", "1.0"}
+    header, first = (tmp_path / "out" / NAMES[0]).read_text(encoding="utf-8").split("\n")[:2]
+    assert header == "\tid\tsentence1\tsentence2\tis_duplicate"  # as the course's files
+    assert re.fullmatch(r"0\t.*\t[01]\.0", first)
 
 
 def test_the_split_depends_on_the_texts_alone(script, archive, tmp_path):
