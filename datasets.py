@@ -1,72 +1,60 @@
 """Files to validated pandas frames, and frames to token batches."""
 
 import csv
+import io
 import re
-from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from config import InputError
 from models.gpt2 import GPT2Model
 from modules.loss import IGNORE_INDEX
 
 GIVEN_LINES = 3  # the lines of a sonnet that a model continues
-QUOTED_FIELD = r'"(?:[^"]|"")*"'
+# Joint encoding, the same in training and evaluation
+PROMPT = 'Question 1: "{}"\nQuestion 2: "{}"\nAre these questions asking the same thing?\n'
 
 
 def read_text(path: str | Path) -> str:
     """A UTF-8 file with line ends as \\n; raises InputError if it is not text or not there."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); check the path") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    if "\0" in text:
-        raise InputError(f"{path} contains NUL bytes and is not text; save it as UTF-8")
-    return text
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from error
 
 
 def read_table(path: str | Path, delimiter: str, columns: tuple[str, ...]) -> pd.DataFrame:
     """All records of a table as strings; the index is the line that each record ends in.
 
-    The file must be strict CSV. But a tab-separated file may contain quotation marks that are not
-    CSV quoting: if some field does, and all lines have the same number of tabs, quotes are read
-    literally. Raises InputError, with the line, for anything else.
+    The file must be strict CSV. But if some quotes are not those of CSV, and all lines have the
+    same number of delimiters, all quotes are read literally. Raises InputError, with the line, for
+    anything else.
     """
-    text_lines = read_text(path).removesuffix("\n").split("\n")
-    tab_counts = {line.count("\t") for line in text_lines if line}
-    quoted = (field for line in text_lines if '"' in line for field in line.split("\t"))
-    has_stray_quote = any('"' in f and not re.fullmatch(QUOTED_FIELD, f) for f in quoted)
-    quotes_are_characters = delimiter == "\t" and len(tab_counts) == 1 and has_stray_quote
-    quoting = csv.QUOTE_NONE if quotes_are_characters else csv.QUOTE_MINIMAL
-    source = (line + "\n" for line in text_lines)
-    csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
-    reader = csv.reader(source, delimiter=delimiter, quoting=quoting, strict=True)
+    text = read_text(path)
+    counts = {line.count(delimiter) for line in text.split("\n") if line}
+    quoted_field = rf'(?m)(^|{delimiter})"([^"{delimiter}\n]|"")*"(?=$|{delimiter})'
+    has_stray = '"' in re.sub(quoted_field, "", text)
+    quoting = csv.QUOTE_NONE if has_stray and len(counts) == 1 else csv.QUOTE_MINIMAL
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter, quoting=quoting, strict=True)
     records = {}  # by the line that each ends in
     try:
-        header = next(filter(None, reader), [])
+        header = next(reader, [])
         for record in filter(None, reader):
             records[reader.line_num] = record
             if len(record) != len(header):
                 raise csv.Error(f"{len(record)} fields; the header has {len(header)}")
             if delimiter == "\t" and any("\t" in field for field in record):
-                raise csv.Error("a field contains a tab")
+                raise csv.Error("a field contains a tab")  # a stray quote has joined fields
     except csv.Error as error:
-        place = f"{path}, line {reader.line_num}"
-        raise InputError(f"{place}: {error}; is a quote missing, or not closed?") from error
-    missing = ", ".join(name for name in columns if header.count(name) != 1)
-    if missing:
-        names = ", ".join(header)[:200]
-        raise InputError(f"{path} has no column {missing}, or several; its columns are {names}")
-    table = pd.DataFrame(list(records.values()), list(records), header, dtype=str)
-    return table.loc[:, ~table.columns.duplicated()]
+        raise InputError(f"{path}, line {reader.line_num}: {error}; is a quote missing?") from error
+    for name in columns:
+        if header.count(name) != 1:
+            raise InputError(f"{path} has no column {name}, or several: {str(header)[:200]}")
+    return pd.DataFrame(list(records.values()), list(records), header, dtype=str)
 
 
 def check_values(path: str | Path, values: pd.Series, pattern: str, advice: str) -> None:
@@ -89,18 +77,15 @@ def read_sonnets(path: str | Path) -> pd.DataFrame:
     if Path(path).suffix.lower() == ".csv":
         sonnets = read_table(path, ",", ("id", "text"))
     else:
-        header, *parts = re.split(r"^[ \t]*([0-9]+)[ \t]*$", read_text(path), flags=re.MULTILINE)
+        parts = re.split(r"^[ \t]*([0-9]+)[ \t]*$", read_text(path), flags=re.MULTILINE)[1:]
         sonnets = pd.DataFrame({"id": parts[::2], "text": parts[1::2]}, dtype=str)
-        if parts and header.strip():
-            first_line = header.strip().splitlines()[0]
-            print(f"note: {path}: the text before the first number is not read: {first_line}")
     if sonnets.empty:
         raise InputError(f"{path} contains no sonnet: expected a number on a line, then its lines")
     check_values(path, sonnets["id"], r"\s*[0-9]{1,9}\s*", "write the number of a sonnet")
-    texts = [re.sub(r"[ \t]+$", "", t, flags=re.MULTILINE).strip("\n") for t in sonnets["text"]]
-    sonnets = pd.DataFrame({"id": sonnets["id"].map(int).tolist(), "text": texts})
+    texts = sonnets["text"].str.replace(r"(?m)[ \t]+$", "", regex=True).str.strip("\n")
+    sonnets = pd.DataFrame({"id": sonnets["id"].map(int), "text": texts}).reset_index(drop=True)
     check_unique(path, sonnets["id"])
-    for number in sonnets["id"][~sonnets["text"].str.strip().astype(bool)]:
+    for number in sonnets["id"][sonnets["text"].eq("")]:
         raise InputError(f"{path}: sonnet {number} is empty; complete it")
     return sonnets
 
@@ -144,9 +129,8 @@ def make_pairs(texts: list[tuple[str, str]]) -> pd.DataFrame:
 
 def undo_double_quoting(text: str) -> str:
     """Undo CSV quoting that is still there after reading, as in the course's files."""
-    inner = text[1:-1]
-    is_quoted = '""' in inner and re.fullmatch(QUOTED_FIELD, text)
-    return inner.replace('""', '"') if is_quoted else text
+    is_quoted = '""' in text[1:-1] and re.fullmatch(r'"([^"]|"")*"', text)
+    return text[1:-1].replace('""', '"') if is_quoted else text
 
 
 class TextDataset:
@@ -182,14 +166,13 @@ class SonnetsDataset(TextDataset):
 
     def __init__(self, sonnets: pd.DataFrame, gpt: GPT2Model) -> None:
         """Tokenize the frame of read_sonnets; raises InputError for a text that is too long."""
-        end, limit = require_end_of_text(gpt), gpt.config.n_positions
-        self.ids = sonnets["id"].tolist()
+        self.ids, limit = sonnets["id"].tolist(), gpt.config.n_positions
         self.sequences, self.characters = [], 0  # of the targets; the end of a text counts as one
         encoded = gpt.encode(sonnets["text"].tolist())
         for number, text, ids in zip(self.ids, sonnets["text"], encoded, strict=True):
             if len(ids) > limit:
                 raise InputError(f"sonnet {number} has {len(ids)} tokens; the model reads {limit}")
-            self.sequences.append(torch.tensor([*ids, end]))
+            self.sequences.append(torch.tensor([*ids, gpt.end_of_text]))
             self.characters += len(text) + 1 - len(gpt.decode(ids[:1]))
         self.lengths = [len(sequence) - 1 for sequence in self.sequences]
 
@@ -198,16 +181,12 @@ class SonnetsDataset(TextDataset):
 
         labels[t] is the token after input_ids[t]; padding is IGNORE_INDEX.
         """
-        inputs = [self.sequences[index][:-1] for index in indices]
-        targets = [self.sequences[index][1:] for index in indices]
-        return {
-            "input_ids": pad_sequence(inputs, batch_first=True),
-            "labels": pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX),
-        }
+        padded = pad([self.sequences[index] for index in indices])
+        return {"input_ids": padded[:, :-1].clamp(min=0), "labels": padded[:, 1:]}
 
 
 class PairsDataset(TextDataset):
-    """Pairs as token batches; token ids are kept in compact arrays.
+    """Pairs as token batches.
 
     `joint` encoding makes one text per pair, its prompt; `separate` makes two, each with the
     end-of-text token. Pairs without a text, or without a label where others have one, are left
@@ -220,51 +199,43 @@ class PairsDataset(TextDataset):
     def __init__(self, pairs: pd.DataFrame, gpt: GPT2Model, pair_encoding: str = "joint") -> None:
         """Tokenize the frame of read_pairs; raises InputError if no pair is complete."""
         self.gpt, self.separate = gpt, pair_encoding == "separate"
-        complete = pairs[["sentence1", "sentence2"]].map(str.strip).ne("").all(axis=1)
-        has_labels = pairs["label"].notna()
-        complete &= has_labels | (not has_labels.any())
+        texts, labels = pairs[["sentence1", "sentence2"]], pairs["label"]
+        complete = texts.map(str.strip).ne("").all(axis=1) & (labels.notna() | labels.isna().all())
         if not complete.any():
             raise InputError("no pair has two texts and, where others have one, a label")
         self.all_ids = pairs["id"].tolist()  # predictions need those of skipped pairs, too
-        self.skipped_lines, pairs = pairs.index[~complete].tolist(), pairs[complete]
-        self.ids = pairs["id"].tolist()
-        self.labels = torch.tensor(pairs["label"].to_numpy(int)) if has_labels.any() else None
-        dtype = np.uint16 if gpt.config.vocab_size <= 2**16 else np.int32
+        self.ids = pairs["id"][complete].tolist()
+        self.skipped_lines = pairs.index[~complete].tolist()
+        self.labels = torch.tensor(labels[complete].to_numpy(int)) if labels.notna().any() else None
         self.texts, self.truncated_lines = [], []  # token ids of the texts of each pair
-        chunks = split(list(pairs[["sentence1", "sentence2"]].itertuples(name=None)), 4096)
-        for chunk in tqdm(chunks, "tokenizing", delay=2, leave=False, disable=None):
+        # In chunks, because the tokenizer needs much more memory than the token ids.
+        for chunk in split(list(texts[complete].itertuples(name=None)), 4096):
             encoded = self.encode([sentences for _, *sentences in chunk])
-            for (line, *sentences), texts in zip(chunk, encoded, strict=True):
-                if max(map(len, texts)) > gpt.config.n_positions:
+            for (line, *sentences), tokens in zip(chunk, encoded, strict=True):
+                if max(map(len, tokens)) > gpt.config.n_positions:
                     self.truncated_lines.append(line)
-                    texts = self.encode([self.truncate(sentences)])[0]
-                self.texts.append([np.array(ids, dtype) for ids in texts])
+                    tokens = self.encode([self.truncate(sentences)])[0]
+                self.texts.append([torch.tensor(ids, dtype=torch.int32) for ids in tokens])
         self.lengths = [max(map(len, texts)) for texts in self.texts]
 
     def encode(self, pairs: list[list[str]]) -> list[list[list[int]]]:
         """The token ids of the texts of each pair."""
         if not self.separate:
-            return [[ids] for ids in self.gpt.encode([prompt(*pair) for pair in pairs])]
-        end = require_end_of_text(self.gpt)
-        return split([[*ids, end] for ids in self.gpt.encode(list(chain(*pairs)))], 2)
+            return [[ids] for ids in self.gpt.encode([PROMPT.format(*pair) for pair in pairs])]
+        encoded = self.gpt.encode([text for pair in pairs for text in pair])
+        return split([[*ids, self.gpt.end_of_text] for ids in encoded], 2)
 
     def truncate(self, sentences: list[str]) -> list[str]:
         """Cut sentences at their ends so that the pair fits: both keep an equal share of tokens."""
         overhead = max(len(ids) for ids in self.encode([["", ""]])[0])
         share = (self.gpt.config.n_positions - overhead) // (1 if self.separate else 2) - 4
-        if share < 1:
-            raise InputError(f"the prompt alone has {overhead} tokens, more than the model reads")
         return [self.gpt.decode(ids[:share]) for ids in self.gpt.encode(sentences)]
 
     def collate(self, indices: list[int]) -> dict[str, Tensor]:
         """Right-padded input_ids and attention_mask, (B, T) or (B, 2, T), and labels (B,)."""
-        texts = [torch.from_numpy(t.astype(int)) for index in indices for t in self.texts[index]]
-        batch = {
-            "input_ids": pad_sequence(texts, batch_first=True),
-            "attention_mask": pad_sequence(list(map(torch.ones_like, texts)), batch_first=True),
-        }
-        if self.separate:
-            batch = {name: value.unflatten(0, (-1, 2)) for name, value in batch.items()}
+        padded = pad([text for index in indices for text in self.texts[index]])
+        padded = padded.unflatten(0, (len(indices), -1)).squeeze(1)  # only joint has one text
+        batch = {"input_ids": padded.clamp(min=0), "attention_mask": (padded >= 0).long()}
         if self.labels is not None:
             batch["labels"] = self.labels[indices]
         return batch
@@ -278,19 +249,9 @@ class PairsDataset(TextDataset):
         return sum(len(ids) for index in indices for ids in self.texts[index])
 
 
-def prompt(sentence1: str, sentence2: str) -> str:
-    """The prompt of joint encoding, the same in training and evaluation."""
-    return (
-        f'Question 1: "{sentence1}"\nQuestion 2: "{sentence2}"\n'
-        "Are these questions asking the same thing?\n"
-    )
-
-
-def require_end_of_text(gpt: GPT2Model) -> int:
-    """The model's end-of-text token; raises InputError if it has none."""
-    if gpt.end_of_text is None:
-        raise InputError(f"{gpt.name} has no end-of-text token: set eos_token_id in config.json")
-    return gpt.end_of_text
+def pad(texts: list[Tensor]) -> Tensor:
+    """Token ids (B, T) of texts, padded on the right with IGNORE_INDEX, which is negative."""
+    return pad_sequence(texts, batch_first=True, padding_value=IGNORE_INDEX).long()
 
 
 def split(items: list, size: int) -> list[list]:

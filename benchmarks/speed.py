@@ -31,7 +31,7 @@ import transformers
 from torch import nn
 
 from config import ROOT, GPT2Config, LoRAConfig
-from datasets import PairsDataset, SonnetsDataset, prompt, read_pairs, read_sonnets, sonnet_prompt
+from datasets import PROMPT, PairsDataset, SonnetsDataset, read_pairs, read_sonnets, sonnet_prompt
 from lora import LoRALinear, apply_lora
 from models.gpt2 import GPT2Model
 from models.hugging_face import BUNDLED_MODEL
@@ -174,7 +174,7 @@ def their_training(folder, work, kind):
     else:
         settings |= {"num_labels": 2, "pad_token_id": tokenizer.pad_token_id}
         model = transformers.GPT2ForSequenceClassification.from_pretrained(folder, **settings)
-        texts = list(map(prompt, frame["sentence1"], frame["sentence2"]))
+        texts = list(map(PROMPT.format, frame["sentence1"], frame["sentence2"]))
     if kind.startswith("PEFT"):
         from peft import LoraConfig, get_peft_model  # only in processes that use it: its memory
 

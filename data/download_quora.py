@@ -55,9 +55,7 @@ def download() -> Path:
             f"{SOURCE} cannot be downloaded ({error}); try again, or {WAY_OUT}"
         ) from error
     ARCHIVE.parent.mkdir(parents=True, exist_ok=True)
-    partial = ARCHIVE.with_suffix(".partial")
-    partial.write_bytes(content)
-    partial.replace(ARCHIVE)
+    ARCHIVE.write_bytes(content)
     return ARCHIVE
 
 
@@ -138,14 +136,11 @@ def small_splits(train: pd.DataFrame, dev: pd.DataFrame) -> dict[str, pd.DataFra
 
 
 def write(tables: dict[str, pd.DataFrame], folder: Path) -> None:
-    """Write a file for each table; older files are only replaced after all are written."""
+    """Write a file for each table."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, table in tables.items():
-        partial = folder / f"quora-{split}.partial.csv"
-        table.reset_index(drop=True).to_csv(partial, sep="\t", lineterminator="\n")
-    for split, table in tables.items():
         path = folder / f"quora-{split}.csv"
-        (folder / f"quora-{split}.partial.csv").replace(path)
+        table.reset_index(drop=True).to_csv(path, sep="\t", lineterminator="\n")
         labels = "no labels"
         if "is_duplicate" in table:
             labels = f"{table['is_duplicate'].mean():.1%} duplicates"

@@ -185,21 +185,6 @@ def test_an_adapter_of_the_first_code_loads(ids):
     assert base_sha256(gpt) == sha256  # LoRA does not change it
 
 
-def test_an_adapter_with_patterns_and_an_old_note_loads(gpt, ids, tmp_path):
-    """Files of this project once had the rank 2 r for q and v, and r elsewhere, in patterns."""
-    expected = logits(with_lora(gpt), ids)
-    save_adapter(gpt, tmp_path)
-    note = {"targets": LoRAConfig().targets, "base_sha256": base_sha256(gpt)}
-    tensors = load_file(tmp_path / WEIGHTS)
-    for name in [name for name in tensors if "c_fc" in name]:
-        matrix = tensors[name]
-        tensors[name] = (matrix[:3] if "lora_A" in name else matrix[:, :3]).contiguous()
-    save_file(tensors, tmp_path / WEIGHTS, metadata={"adapter": json.dumps(note)})
-    patterns = {"rank_pattern": {"attn.c_attn": 6}, "alpha_pattern": {"attn.c_attn": 12.0}}
-    change_settings(tmp_path, r=3, lora_alpha=6.0, **patterns)
-    assert_close(logits(load_adapter(gpt, tmp_path), ids), expected, **CLOSE)
-
-
 def test_another_base_is_named(gpt, tmp_path):
     """With one changed weight it is another model, and the update would not fit it."""
     with pytest.raises(InputError, match="no LoRA adapters"):

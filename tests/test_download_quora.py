@@ -1,8 +1,8 @@
 """data/download_quora.py: its files, its splits, and that a bad archive changes nothing."""
 
-import csv
 import importlib.util
 import io
+import re
 import subprocess
 import sys
 import urllib.error
@@ -86,16 +86,9 @@ def test_every_usable_line_is_written_once(script, archive, tmp_path, capsys):
     assert test["label"].isna().all()
     assert f"left out: {len(LEFT_OUT)} lines" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(NAMES)
-
-
-def test_the_columns_are_those_of_the_course(script, archive, tmp_path):
-    """Tab-separated, with an unnamed index from 0."""
-    script.main(["--source", str(archive), "--out", str(tmp_path)])
-    with open(tmp_path / NAMES[0], encoding="utf-8", newline="") as file:
-        header, *records = csv.reader(file, delimiter="\t", strict=True)
-    assert header == ["", "id", "sentence1", "sentence2", "is_duplicate"]
-    assert [record[0] for record in records] == [str(index) for index in range(len(records))]
-    assert {record[4] for record in records} == {"0.0", "1.0"}
+    header, first = (tmp_path / "out" / NAMES[0]).read_text(encoding="utf-8").split("\n")[:2]
+    assert header == "\tid\tsentence1\tsentence2\tis_duplicate"  # as the course's files
+    assert re.fullmatch(r"0\t.*\t[01]\.0", first)
 
 
 def test_the_split_depends_on_the_texts_alone(script, archive, tmp_path):
@@ -111,7 +104,9 @@ def test_the_split_depends_on_the_texts_alone(script, archive, tmp_path):
 def test_small_files_have_labels_and_come_from_the_full_ones(
     script, archive, tmp_path, monkeypatch
 ):
-    """The first of train, the first of dev, and the last of train, without overlap."""
+    """The first of train, the first of dev, and the last of train, if there are enough."""
+    with pytest.raises(InputError, match=r"too few for --small; .*--source"):
+        script.main(["--source", str(archive), "--out", str(tmp_path), "--small"])
     script.main(["--source", str(archive), "--out", str(tmp_path / "full")])
     for name, size in (("SMALL_TRAIN", 700), ("SMALL_DEV", 100), ("SMALL_TEST", 200)):
         monkeypatch.setattr(script, name, size)
@@ -122,11 +117,6 @@ def test_small_files_have_labels_and_come_from_the_full_ones(
     assert dev["id"].tolist() == full_dev["id"][:100].tolist()
     assert test["id"].tolist() == full_train["id"][-200:].tolist()
     assert not any(table["label"].isna().any() for table in (train, dev, test))
-
-
-def test_small_needs_enough_pairs(script, archive, tmp_path):
-    with pytest.raises(InputError, match=r"too few for --small; .*--source"):
-        script.main(["--source", str(archive), "--out", str(tmp_path), "--small"])
 
 
 def test_the_archive_is_downloaded_once(script, archive, tmp_path, monkeypatch):
@@ -151,10 +141,6 @@ def test_the_archive_is_downloaded_once(script, archive, tmp_path, monkeypatch):
     assert sum(map(len, read(tmp_path / "out"))) == len(EXPECTED)
 
 
-def truncated(path, archive):
-    path.write_bytes(archive.read_bytes()[:-3000])
-
-
 def damaged(path, archive):
     path.write_bytes(archive.read_bytes().replace(b"What is 2999?", b"What is 2998?"))
 
@@ -165,9 +151,8 @@ def without_dev(path, archive):
 
 
 BAD = {
-    "no zip archive": (lambda path, _: path.write_text("<html>", encoding="utf-8"), "zip"),
-    "truncated": (truncated, "zip"),
-    "damaged at its end": (damaged, "CRC"),
+    "no zip archive": (lambda path, _: path.write_text("<html>"), "zip"),
+    "damaged": (damaged, "CRC"),
     "without dev": (without_dev, "QQP/dev.tsv"),
     "absent": (lambda *_: None, "No such file"),
     "other columns": (lambda path, _: pack(path, [], [], "index\tquestion"), "index"),

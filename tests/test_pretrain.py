@@ -9,15 +9,10 @@ from config import ROOT
 from models.gpt2 import GPT2Model
 
 
-def load_pretrain():
-    spec = importlib.util.spec_from_file_location("pretrain", ROOT / "data/build/pretrain.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_pretrains_on_a_small_corpus(tmp_path, monkeypatch, capsys):
-    pretrain = load_pretrain()
+    spec = importlib.util.spec_from_file_location("pretrain", ROOT / "data/build/pretrain.py")
+    pretrain = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pretrain)
     generator = np.random.default_rng(0)
     for name in ("shakespeare", "bible", "modern", "heldout_bible", "heldout_modern"):
         np.save(tmp_path / f"{name}.npy", generator.integers(0, 50, 3000).astype(np.uint16))
@@ -31,20 +26,3 @@ def test_pretrains_on_a_small_corpus(tmp_path, monkeypatch, capsys):
     assert GPT2Model.from_pretrained(tmp_path / "run" / "best").config == pretrain.TINY
     saved = (tmp_path / "model" / "model.safetensors").stat().st_size
     assert saved < 2.1 * 5_387_776  # float16
-
-
-def test_every_source_has_its_share_and_continues(tmp_path):
-    pretrain = load_pretrain()
-    for name in pretrain.SHARES:
-        np.save(tmp_path / f"{name}.npy", np.arange(40_000, dtype=np.uint16))
-    corpus = pretrain.Corpus(tmp_path, epochs=2)
-    for epoch, (size, length) in enumerate(pretrain.BATCHES):
-        batches = corpus.batches(0, 0, epoch)
-        assert len(batches) == pretrain.STEPS
-        assert {len(batch) for batch in batches} == {size}
-        sources = [source for batch in batches for source, _, _ in batch]
-        for name, shares in pretrain.SHARES.items():
-            assert abs(sources.count(name) / len(sources) - shares[epoch]) < 0.001
-        batch = corpus.collate(batches[0])
-        assert batch["input_ids"].shape == (size, length)
-        assert (batch["labels"][:, :-1] == batch["input_ids"][:, 1:]).all()

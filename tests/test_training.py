@@ -1,22 +1,18 @@
 """The training loop: on a model with one weight by hand, and on small runs of both tasks."""
 
-import contextlib
 import math
-import sys
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
-from small_runs import KINDS, arguments, command, make_files, outcome, run
+from small_runs import KINDS, make_files, outcome, run
 from torch import nn
 
 from config import LoRAConfig, TrainConfig
 from datasets import TextDataset, split
 from lora import apply_lora
 from models.sonnet_gpt import SonnetGPT
-from speed.training import speed_up
-from training import loop, setup
+from training import loop
 from training.loop import Task, Trainer, learning_rate, make_optimizer
 from training.options import Hardware
 from training.runs import Run
@@ -267,36 +263,6 @@ def test_resumed_in_the_middle_of_an_epoch(
     place = (Trainer, "take_step", number, True)
     steps = stop_and_resume(files, whole, kind, tmp_path / "cut", monkeypatch, place)
     assert steps == {"sonnets": 6, "paraphrases": 8}[kind.split("-")[0]] - (number - 1)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_step_reads_nothing_from_the_device(files, tmp_path, monkeypatch, kind):
-    """Also with scaling for float16. On the meta device, which has no values, a read raises."""
-    more = ["--grad_accumulation=2", "--max_grad_norm=1", "--plain"]
-    given = arguments(files, kind, tmp_path / "run", *more)
-    trainers = []
-
-    class OnMeta(Trainer):
-        def __init__(self, model, task, config, run, _):
-            meta, context = torch.device("meta"), contextlib.nullcontext
-            hardware = SimpleNamespace(device=meta, dtype=torch.float16, autocast=context)
-            super().__init__(speed_up(model.to(meta)), task, config, run, hardware)
-            trainers.append(self)
-            raise Stop
-
-    task = kind.split("-")[0]
-    monkeypatch.setattr(setup, "Trainer", OnMeta)
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # unknown to meta
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    module = sys.modules[torch.optim.Optimizer.__module__]
-    monkeypatch.setattr(module, "_get_fused_kernels_supported_devices", lambda: ["meta"])
-    with pytest.raises(Stop):
-        command(task, given)
-    [trainer] = trainers
-    trainer.model.train()
-    for _ in range(2):
-        step = trainer.take_step([0, 1, 2], 0.1)
-        assert step["loss"].device.type == step["gradient_norm"].device.type == "meta"
 
 
 def test_a_state_of_another_model_is_rejected(tmp_path):

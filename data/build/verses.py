@@ -9,7 +9,6 @@ positive (adversarial filtering: Zellers et al. 2018, https://arxiv.org/abs/1808
 """
 
 import argparse
-import csv
 import random
 import re
 from collections import Counter
@@ -19,10 +18,11 @@ from itertools import permutations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sparse
 from baselines import ANALYZERS, CHARACTERS, cut_words, regression_features, words
 from bibles import HELD_OUT, book_of, read_translation
-from packages import DATA
+from packages import DATA, write_text
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
@@ -332,12 +332,9 @@ def write_split(path: Path, split: str, chosen: list[Option]) -> None:
             first, same, other = option.texts
             pairs += [(first, same, 1), (first, other, 0)]
     random.Random(f"verses {split}").shuffle(pairs)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow(["id", "sentence1", "sentence2", "is_duplicate"])
-        for number, pair in enumerate(pairs, 1):
-            writer.writerow([f"verse-{split}-{number:04}", *pair])
+    table = pd.DataFrame(pairs, columns=["sentence1", "sentence2", "is_duplicate"])
+    table.insert(0, "id", [f"verse-{split}-{number:04}" for number in range(1, len(pairs) + 1)])
+    write_text(path, table.to_csv(sep="\t", index=False, lineterminator="\n"))
 
 
 def main(arguments: list[str] | None = None) -> None:
