@@ -37,7 +37,6 @@ DATASETS = {  # the files of train, dev and test
 }
 SPLITS = ("train", "dev", "test")
 ENCODINGS = ("joint", "separate")
-PENALTIES = ("parameter_penalty", "attention_penalty", "vector_penalty")
 SENTENCES = ["sentence1", "sentence2"]
 SHOWN_TOKENS, EXAMPLES = 5, 4  # tokens of --pair, and pairs in attention.png
 
@@ -48,8 +47,6 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     add("--pooling", default="last", choices=POOLINGS, help="how hidden states become one vector")
     add("--pair_encoding", choices=ENCODINGS, help="one prompt (default but for tiny) or two")
     add("--freeze_gpt", action="store_true", help="train only pooling and head, GPT-2 in eval mode")
-    for name in PENALTIES:
-        add(f"--{name}", type=float, metavar="N", help="its weight, with multihead pooling")
     add("--dataset", choices=DATASETS, help="default: verses, or quora with --preset report")
     for split in SPLITS:
         add(f"--para_{split}", metavar="FILE", help=f"{split} pairs instead of those of --dataset")
@@ -64,9 +61,6 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
         raise InputError("--use_lora trains GPT-2 and --freeze_gpt does not; remove one of them")
     if options.freeze_gpt:
         options.method = "frozen"
-    penalties = [f"--{name}" for name in PENALTIES if vars(options)[name] is not None]
-    if penalties and options.pooling != "multihead":
-        raise InputError(f"{penalties[0]} needs --pooling multihead, not {options.pooling}")
     if options.pair_encoding is None:  # tiny hardly learns to compare texts within a prompt
         options.pair_encoding = "separate" if opt.is_tiny(options.model_size) else "joint"
     choose_files(options)
@@ -137,9 +131,8 @@ def load_classifier(options: Namespace) -> ParaphraseGPT:
     """A new classifier on a GPT-2, or that of a run's best/, which is trained further."""
     if (Path(options.model_size) / HEAD_FILE).is_file():
         return ParaphraseGPT.from_pretrained(options.model_size)
-    settings = {name: vars(options)[name] for name in PENALTIES if vars(options)[name] is not None}
     gpt = load_model(options.model_size)
-    return ParaphraseGPT(gpt, options.pooling, options.pair_encoding, **settings)
+    return ParaphraseGPT(gpt, options.pooling, options.pair_encoding)
 
 
 def read_split(options: Namespace, split: str) -> pd.DataFrame:

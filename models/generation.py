@@ -34,10 +34,10 @@ def continue_batch(
     ids = [torch.tensor(row, dtype=torch.long) for row in gpt.encode(prompts)]
     for row, prompt in zip(ids, prompts, strict=True):
         if not 1 <= len(row) < limit:
-            shown = prompt[:40]
-            raise InputError(f"the prompt {shown!r} has {len(row)} tokens; 1 to {limit - 1} fit")
+            problem = f"has {len(row)} tokens; 1 to {limit - 1} fit"
+            raise InputError(f"the prompt {prompt[:40]!r} {problem}")
     new_tokens = [[] for _ in prompts]
-    ended = [has_lines(prompt, sampling.max_lines) for prompt in prompts]
+    ended = [first_lines(prompt, sampling.max_lines) != prompt for prompt in prompts]
     limits = [min(sampling.max_new_tokens or limit, limit - len(row)) for row in ids]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     # Padded on the left, so that all sequences end at the same position.
@@ -66,16 +66,11 @@ def continue_batch(
                 new_tokens[i].append(token)
                 if "\n" in gpt.decode([token]):
                     text = prompts[i] + gpt.decode(new_tokens[i])
-                    ended[i] = has_lines(text, sampling.max_lines)
+                    ended[i] = first_lines(text, sampling.max_lines) != text
     texts = [p + gpt.decode(new) for p, new in zip(prompts, new_tokens, strict=True)]
     texts = [first_lines(text, sampling.max_lines) for text in texts]
     texts = [max(pair, key=len) for pair in zip(prompts, texts, strict=True)]  # whole prompts
     return list(map(Continuation, texts, ended))
-
-
-def has_lines(text: str, count: int) -> bool:
-    """Whether `count` lines that are not empty have ended (0: no limit)."""
-    return 0 < count <= len(re.findall(r"\S.*\n", text))
 
 
 def first_lines(text: str, count: int) -> str:
@@ -86,8 +81,6 @@ def first_lines(text: str, count: int) -> str:
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Logits (B, V) with those of seen tokens reduced (Keskar et al. 2019, arXiv 1909.05858)."""
-    if penalty == 1:
-        return logits
     reduced = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, reduced, logits)
 

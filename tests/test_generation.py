@@ -209,7 +209,7 @@ def test_unusable_prompts_and_settings_are_named():
     """A prompt would come back unchanged; a setting would give NaN, an empty set or no text."""
     model = SonnetGPT(Scripted({"a": "a"}, n_positions=8))
     prompts = {"'' has 0 tokens; 1 to 7 fit": ["a", ""], "8 tokens; 1 to 7 fit": ["a", "a" * 8]}
-    for message, texts in (prompts | {"list of texts": "aa"}).items():
+    for message, texts in prompts.items():
         with pytest.raises(InputError, match=message):
             model.generate(texts)
     for name, value in {"temperature": float("nan"), "top_p": 0.0, "top_k": -1}.items():
