@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from config import ROOT, InputError, LoRAConfig
@@ -22,6 +22,7 @@ from lora import apply_lora, backbone, lora_layers
 from models.gpt2 import GPT2Model
 from models.hugging_face import CONV1D_LAYERS, input_errors
 
+PREFIX = r"^base_model\.model\.(transformer\.)?"  # of PEFT's names; a model without head has none
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # Settings of PEFT that are read here or do not change the result. The tensors say which layers are
 # adapted and with what rank, so patterns and exclusions of names need not be interpreted.
@@ -42,10 +43,11 @@ def save_adapter(module: nn.Module, folder: str | Path) -> None:
         raise InputError("the model has no LoRA adapters to save")
     config = next(iter(layers.values())).config
     groups = {theirs: targeted(ours, config.targets) for theirs, ours in CONV1D_LAYERS.items()}
+    adapted = [theirs for theirs, names in groups.items() if names]
     rank = config.rank * max(map(len, groups.values()))
     tensors = {}
     for layer in range(gpt.config.n_layer):
-        for theirs in filter(groups.get, groups):
+        for theirs in adapted:
             parts = [layers.get(f"layers.{layer}.{name}") for name in CONV1D_LAYERS[theirs]]
             present = [part for part in parts if part is not None]
             empty = present[0].lora_b.weight[:, :0]  # (out, 0)
@@ -61,7 +63,7 @@ def save_adapter(module: nn.Module, folder: str | Path) -> None:
         "lora_alpha": config.alpha * rank / config.rank,
         "lora_dropout": config.dropout,
         "fan_in_fan_out": True,
-        "target_modules": list(filter(groups.get, groups)),
+        "target_modules": adapted,
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -135,10 +137,8 @@ def read_adapter(
     settings, base = read_settings(folder), base_sha256(gpt)
     with input_errors(f"{folder} is not an adapter of this model"):
         tensors, note = read_tensors(folder / WEIGHTS_FILE)
-        expected = note.get("base_sha256", base)
-        if base != expected:
-            name = settings.get("base_model_name_or_path")
-            raise InputError(f"its base is {name} with SHA-256 {expected[:12]}, not {base[:12]}")
+        if note.get("base_sha256", base) != base:
+            raise InputError(f"its base {settings['base_model_name_or_path']} has another SHA-256")
         matrices, common = {}, settings["lora_alpha"] / settings["r"] or 1.0
         for layer in range(gpt.config.n_layer):
             for theirs, ours in CONV1D_LAYERS.items():
@@ -165,11 +165,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors by Hugging Face's names, in float32, and the note of save_adapter, if any."""
     with safe_open(path, "pt") as file:
         note = json.loads((file.metadata() or {}).get("adapter", "{}"))
-    tensors = {}
-    for name, tensor in load_file(path).items():
+        tensors = {re.sub(PREFIX, "", n): file.get_tensor(n).float() for n in file.keys()}  # noqa: SIM118
+    for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise InputError(f"{name} is not finite; train the adapter again")
-        tensors[re.sub(r"^base_model\.model\.(transformer\.)?", "", name)] = tensor.float()
     return tensors, note
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.modeling_utils import load_state_dict
@@ -46,11 +46,10 @@ CAUSAL_MASKS = ".attn.bias", ".attn.masked_bias"  # buffers of the published gpt
 def load(model: str | Path) -> GPT2Model:
     """Load a size name or folder; raises InputError for a model that cannot be used."""
     folder = find_model(model)
-    with input_errors(f"{folder}: the tokenizer cannot be read"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    if len(tokenizer) < 2:  # what transformers makes of a folder without a tokenizer
-        raise InputError(f"{folder} has no tokenizer: expected tokenizer.json, or vocab.json")
     with input_errors(f"{folder} cannot be loaded"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        if len(tokenizer) < 2:  # what transformers makes of a folder without a tokenizer
+            raise InputError("there is no tokenizer: expected tokenizer.json, or vocab.json")
         theirs = read_config(folder)
         settings = [theirs]
         if (folder / "generation_config.json").is_file():
@@ -68,7 +67,7 @@ def load(model: str | Path) -> GPT2Model:
 
 
 def find_model(model: str | Path) -> Path:
-    """The local folder of a size name or path. Models of the hub come from its cache or download.
+    """The local folder of a size name or path. The hub's models are downloaded or in its cache.
 
     Raises InputError if there is no such model.
     """
@@ -76,19 +75,13 @@ def find_model(model: str | Path) -> Path:
         return BUNDLED_MODEL
     if (Path(model) / "config.json").is_file():
         return Path(model)
-    name = str(model).removeprefix(HUB_ORGANIZATION)
-    if name not in SIZES:
+    if str(model).removeprefix(HUB_ORGANIZATION) not in SIZES:
         sizes = ", ".join(("tiny", *SIZES))
         raise InputError(f"{model} is neither one of {sizes} nor a folder with a config.json")
-    hub = HUB_ORGANIZATION + name
-    for repository in (name, hub):
-        cached = try_to_load_from_cache(repository, "model.safetensors")
-        if isinstance(cached, str):
-            return Path(cached).parent
     ways = "use --model_size tiny or a model's folder, or set HF_HOME to a cache that has it"
-    with input_errors(f"{name} is not in the local cache and cannot be downloaded; {ways}"):
+    with input_errors(f"{model} is not in the local cache and cannot be downloaded; {ways}"):
         files = ["*.json", "merges.txt", "model.safetensors"]
-        return Path(snapshot_download(hub, allow_patterns=files))
+        return Path(snapshot_download(str(model), allow_patterns=files))
 
 
 @contextlib.contextmanager

@@ -206,7 +206,7 @@ def test_another_base_is_named(gpt, tmp_path):
         save_adapter(gpt, tmp_path)
     save_adapter(with_lora(gpt), tmp_path)
     gpt.layers[1].out_dense.bias.data[3] += 1e-3
-    with pytest.raises(InputError, match=rf"its base is {gpt.name} with SHA-256"):
+    with pytest.raises(InputError, match=rf"its base {gpt.name} has another SHA-256"):
         load_adapter(gpt, tmp_path)
 
 

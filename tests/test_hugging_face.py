@@ -228,7 +228,7 @@ REJECTED = {
     "no weights": (without(WEIGHTS), "missing or unknown"),
     "lost shard": (lost_shard, "missing or unknown"),
     "no tokenizer": (without("tokenizer.json"), "no tokenizer"),
-    "broken tokenizer": (cut("tokenizer.json"), "tokenizer cannot be read"),
+    "broken tokenizer": (cut("tokenizer.json"), "cannot be loaded"),
 }
 
 
@@ -286,23 +286,22 @@ for name in sys.argv[1:]:
 
 
 def test_the_cache_of_the_hub(path, tmp_path):
-    """Both names of a model are found without asking the hub, which refuses connections here.
+    """Models in the cache are found without the hub, which refuses connections here.
 
-    Models that are not or only partly in the cache are refused soon, with the ways out.
+    Others are refused soon, with the ways out.
     """
     vocab_and_merges(path)
-    for cached in ("gpt2", "openai-community/gpt2-medium", "gpt2-large"):
+    found = ["gpt2", f"{HUB_ORGANIZATION}gpt2-medium"]
+    for cached in found:
         place = tmp_path / "hub" / f"models--{cached.replace('/', '--')}"
-        snapshot = shutil.copytree(path, place / "snapshots" / ("0" * 40))
+        shutil.copytree(path, place / "snapshots" / ("0" * 40))
         (place / "refs").mkdir()
         (place / "refs" / "main").write_text("0" * 40)
-    (snapshot / WEIGHTS).unlink()
     hub = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
-    found = [f"{owner}{name}" for name in SIZES[:2] for owner in ("", HUB_ORGANIZATION)]
     command = [sys.executable, "-c", HUB, *found, *SIZES[2:]]
     output = subprocess.check_output(command, cwd=ROOT, env=os.environ | hub, text=True, timeout=90)
     lines = output.splitlines()
-    assert lines[:4] == found
-    for error in lines[4:]:
+    assert lines[:2] == found
+    for error in lines[2:]:
         assert "is not in the local cache and cannot be downloaded" in error
         assert all(way in error for way in ("--model_size tiny", "folder", "HF_HOME"))
