@@ -33,6 +33,7 @@ KNOWN_SETTINGS = """
 """.split()
 # Values of other settings that do not change the result, as nothing that is empty or false does
 HARMLESS = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian"]}
+Matrices = dict[str, tuple[Tensor, Tensor]]  # A (R, in) and B (out, R) by name of a linear layer
 
 
 def save_adapter(module: nn.Module, folder: str | Path) -> None:
@@ -117,22 +118,16 @@ def read_settings(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     with input_errors(f"{path} cannot be used"):
         settings = json.loads(path.read_text(encoding="utf-8"))
-        rejected = [
-            name
-            for name, value in settings.items()
-            if value and name not in KNOWN_SETTINGS and value not in HARMLESS.get(name, [])
-        ]
-        if rejected:
-            raise InputError(f"this LoRA does not implement {', '.join(rejected)}")
+        for name, value in settings.items():
+            if value and name not in KNOWN_SETTINGS and value not in HARMLESS.get(name, []):
+                raise InputError(f"this LoRA does not implement {name}")
     return settings
 
 
-def read_adapter(
-    gpt: GPT2Model, folder: Path
-) -> tuple[LoRAConfig, dict[str, tuple[Tensor, Tensor]]]:
-    """An adapter's LoRAConfig, and A (R, in) and B (out, R) by the name of the linear layer.
+def read_adapter(gpt: GPT2Model, folder: Path) -> tuple[LoRAConfig, Matrices]:
+    """An adapter's LoRAConfig and matrices; all layers get one rank and scaling.
 
-    All layers get one rank and scaling. Raises InputError as load_adapter does.
+    Raises InputError as load_adapter does.
     """
     settings, base = read_settings(folder), base_sha256(gpt)
     with input_errors(f"{folder} is not an adapter of this model"):
@@ -146,8 +141,8 @@ def read_adapter(
                 if f"{key}.lora_A.weight" in tensors:
                     a, b = (tensors.pop(f"{key}.lora_{part}.weight") for part in "AB")
                     b = b * (alpha_of(key, settings) / len(a) / common)  # 1 but with patterns
-                    for name, part_a, part_b in split_fused(a, b, ours, note):
-                        matrices[f"layers.{layer}.{name}"] = part_a, part_b
+                    for name, pair in split_fused(a, b, ours, note).items():
+                        matrices[f"layers.{layer}.{name}"] = pair
         names = {name.rpartition(".")[2] for name in matrices}
         if tensors or len(matrices) != len(names) * gpt.config.n_layer:
             raise InputError(f"adapted in some layers only, or unknown: {[*tensors, *names][:3]}")
@@ -179,20 +174,18 @@ def alpha_of(layer: str, settings: dict[str, Any]) -> float:
     return next(matching, settings["lora_alpha"])
 
 
-def split_fused(
-    a: Tensor, b: Tensor, names: tuple[str, ...], note: dict[str, Any]
-) -> list[tuple[str, Tensor, Tensor]]:
-    """Name, A and B of each of our linears in a fused layer.
+def split_fused(a: Tensor, b: Tensor, names: tuple[str, ...], note: dict[str, Any]) -> Matrices:
+    """A and B of each of our linears in a fused layer.
 
     In PEFT's own files, q, k and v share A. With a note, there is a block per adapted linear.
     """
     blocks = dict(zip(names, b.tensor_split(len(names)), strict=True))
     if not note:
-        return [(name, a, block) for name, block in blocks.items()]
+        return {name: (a, block) for name, block in blocks.items()}
     present = targeted(names, note["targets"])
     rank = note.get("rank", len(a) // len(present))  # older files are not padded
     pieces = zip(present, a.split(rank), strict=False)  # the rest is padding
-    return [(n, piece, blocks[n].split(rank, 1)[i]) for i, (n, piece) in enumerate(pieces)]
+    return {n: (piece, blocks[n].split(rank, 1)[i]) for i, (n, piece) in enumerate(pieces)}
 
 
 def base_weights(module: nn.Module) -> dict[str, Tensor]:

@@ -76,8 +76,7 @@ def find_model(model: str | Path) -> Path:
     if (Path(model) / "config.json").is_file():
         return Path(model)
     if str(model).removeprefix(HUB_ORGANIZATION) not in SIZES:
-        sizes = ", ".join(("tiny", *SIZES))
-        raise InputError(f"{model} is neither one of {sizes} nor a folder with a config.json")
+        raise InputError(f"{model} is neither one of tiny, {', '.join(SIZES)} nor a model folder")
     ways = "use --model_size tiny or a model's folder, or set HF_HOME to a cache that has it"
     with input_errors(f"{model} is not in the local cache and cannot be downloaded; {ways}"):
         files = ["*.json", "merges.txt", "model.safetensors"]

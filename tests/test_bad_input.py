@@ -60,7 +60,7 @@ OPTIONS = [
     (BOTH, "--device=cuda:99", "there is no device cuda:99 here"),
     (BOTH, "--use_gpu", "--device cpu is not possible here"),
     (BOTH, "--batchsize=1", r"unrecognized .*--batchsize=1; did you mean --batch_size\?"),
-    (BOTH, "--model_size=gpt3", "gpt3 is neither one of tiny, gpt2, .* nor a folder"),
+    (BOTH, "--model_size=gpt3", "gpt3 is neither one of tiny, gpt2, .* nor a model folder"),
     (BOTH, "--out_dir={}/file/below", "below is a file, or inside of one; name a folder"),
     ("sonnets", "--temperature=-1", "temperature must be a number of at least 0, not -1.0"),
     ("sonnets", "--sonnet_path=absent.csv", "absent.csv cannot be read .* check the path"),
