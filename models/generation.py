@@ -43,8 +43,6 @@ def continue_batch(
     # Padded on the left, so that all sequences end at the same position.
     tokens = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left").to(device)
     mask, tokens = tokens >= 0, tokens.clamp(min=0)
-    seen = torch.zeros(len(ids), gpt.config.vocab_size, dtype=torch.bool, device=device)
-    seen.scatter_(1, tokens, mask)
     cache = KVCache(gpt.config, len(ids), tokens.shape[1] + max(limits))
     for step in trange(max(limits), desc="generating", unit="token", leave=False, disable=None):
         running = [not end and step < n for end, n in zip(ended, limits, strict=True)]
@@ -53,10 +51,8 @@ def continue_batch(
         hidden = gpt(tokens, mask, cache)["last_token"]
         with torch.autocast(device.type, enabled=False):  # bfloat16 logits have many ties
             logits = gpt.hidden_state_to_token(hidden.float()).float()
-        logits = penalize(logits, seen, sampling.repetition_penalty)
         uniform = torch.cat([torch.rand(1, DRAWS, generator=g) for g in generators]).to(device)
         tokens = sample(logits, uniform, sampling)[:, None]
-        seen.scatter_(1, tokens, True)
         # A finished text stays in the batch as masked padding.
         mask = torch.cat([mask, torch.tensor(running, device=device)[:, None]], 1)
         for i, token in enumerate(tokens[:, 0].tolist()):
@@ -77,12 +73,6 @@ def first_lines(text: str, count: int) -> str:
     """The text up to the end of its `count`th line that is not empty (0: the whole text)."""
     ends = [line.end() for line in re.finditer(r"\S.*", text)]
     return text[: ends[count - 1]] if 0 < count <= len(ends) else text
-
-
-def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits (B, V) with those of seen tokens reduced (Keskar et al. 2019, arXiv 1909.05858)."""
-    reduced = torch.where(logits > 0, logits / penalty, logits * penalty)
-    return torch.where(seen, reduced, logits)
 
 
 def sample(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> Tensor:
