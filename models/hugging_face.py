@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.modeling_utils import load_state_dict
@@ -77,6 +77,9 @@ def find_model(model: str | Path) -> Path:
         return Path(model)
     if str(model).removeprefix(HUB_ORGANIZATION) not in SIZES:
         raise InputError(f"{model} is neither one of tiny, {', '.join(SIZES)} nor a model folder")
+    cached = try_to_load_from_cache(str(model), "model.safetensors")
+    if isinstance(cached, str):  # without asking the hub, which may not be reachable
+        return Path(cached).parent
     ways = "use --model_size tiny or a model's folder, or set HF_HOME to a cache that has it"
     with input_errors(f"{model} is not in the local cache and cannot be downloaded; {ways}"):
         files = ["*.json", "merges.txt", "model.safetensors"]
