@@ -55,11 +55,10 @@ def load(model: str | Path) -> GPT2Model:
         if (folder / "generation_config.json").is_file():
             settings.append(transformers.GenerationConfig.from_pretrained(folder))
         shape = theirs.to_dict() | {"eos_token_id": end_of_text(theirs, tokenizer)}
+        config = GPT2Config(**{name: shape[name] for name in GPT2Config.__annotations__})
         with torch.device("meta"):  # no random initialization
-            gpt = GPT2Model(
-                GPT2Config(**{name: shape[name] for name in GPT2Config.__annotations__})
-            )
-        gpt.load_state_dict(read_weights(folder, theirs.n_layer), assign=True)
+            gpt = GPT2Model(config)
+        gpt.load_state_dict(read_weights(folder, config.n_layer), assign=True)
     inside = folder.resolve().as_posix().removeprefix(f"{ROOT.as_posix()}/")
     gpt.name = inside if folder in (BUNDLED_MODEL, Path(model)) else str(model)
     gpt.tokenizer, gpt.settings = tokenizer, settings
