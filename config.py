@@ -114,6 +114,5 @@ class SamplingConfig(Settings):
     temperature: float = option(0.9, "0 is greedy")
     top_p: float = option(0.9, "total probability of the tokens to sample from", (1e-12, 1 + 1e-9))
     top_k: int = option(0, "number of tokens to sample from; 0: no limit")
-    repetition_penalty: float = option(1.0, "above 1: avoid tokens of the text so far", (1, 100))
     max_new_tokens: int = option(0, "limit per text; 0: as far as the model's positions reach")
     max_lines: int = option(14, "limit of lines per text, with those of the prompt; 0: no limit")

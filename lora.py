@@ -19,15 +19,11 @@ from config import InputError, LoRAConfig
 class LoRALinear(nn.Module):
     """A frozen linear layer with a trainable update: y = W x + b + (alpha / r) B A dropout(x).
 
-    A is Kaiming-uniform and B is zero, so the update starts at zero. Raises InputError if the rank
-    exceeds a dimension of W.
+    A is Kaiming-uniform and B is zero, so the update starts at zero.
     """
 
     def __init__(self, base: nn.Linear, config: LoRAConfig) -> None:
         super().__init__()
-        if config.rank > min(base.in_features, base.out_features):
-            shape = f"{base.out_features} x {base.in_features}"
-            raise InputError(f"lora_rank {config.rank} does not fit a {shape} weight: reduce it")
         self.base = base.requires_grad_(False)
         self.config = config
         self.scaling = config.alpha / config.rank
@@ -44,13 +40,11 @@ class LoRALinear(nn.Module):
         return self.base(x) + self.scaling * self.lora_b(self.lora_a(self.dropout(x)))
 
     @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        """A plain, frozen linear layer with the weight W + (alpha / r) B A."""
-        linear = nn.Linear(self.base.in_features, self.base.out_features, device="meta")
+    def merge(self) -> nn.Linear:
+        """The base layer, which gets a new weight W + (alpha / r) B A."""
         update = self.scaling * (self.lora_b.weight @ self.lora_a.weight)
-        linear.weight = nn.Parameter(self.base.weight + update, requires_grad=False)
-        linear.bias = self.base.bias
-        return linear.train(self.training)
+        self.base.weight = nn.Parameter(self.base.weight + update, requires_grad=False)
+        return self.base
 
 
 def backbone(module: nn.Module) -> nn.Module:
@@ -81,5 +75,5 @@ def apply_lora(module: nn.Module, config: LoRAConfig) -> nn.Module:
 def merge_lora(module: nn.Module) -> nn.Module:
     """Add all updates to their weights and restore plain linear layers; returns `module`."""
     for name, layer in lora_layers(module).items():
-        module.set_submodule(name, layer.merged())
+        module.set_submodule(name, layer.merge())
     return module

@@ -34,17 +34,15 @@ def continue_batch(
     ids = [torch.tensor(row, dtype=torch.long) for row in gpt.encode(prompts)]
     for row, prompt in zip(ids, prompts, strict=True):
         if not 1 <= len(row) < limit:
-            shown = prompt[:40]
-            raise InputError(f"the prompt {shown!r} has {len(row)} tokens; 1 to {limit - 1} fit")
+            problem = f"has {len(row)} tokens; 1 to {limit - 1} fit"
+            raise InputError(f"the prompt {prompt[:40]!r} {problem}")
     new_tokens = [[] for _ in prompts]
-    ended = [has_lines(prompt, sampling.max_lines) for prompt in prompts]
+    ended = [first_lines(prompt, sampling.max_lines) != prompt for prompt in prompts]
     limits = [min(sampling.max_new_tokens or limit, limit - len(row)) for row in ids]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     # Padded on the left, so that all sequences end at the same position.
     tokens = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left").to(device)
     mask, tokens = tokens >= 0, tokens.clamp(min=0)
-    seen = torch.zeros(len(ids), gpt.config.vocab_size, dtype=torch.bool, device=device)
-    seen.scatter_(1, tokens, mask)
     cache = KVCache(gpt.config, len(ids), tokens.shape[1] + max(limits))
     for step in trange(max(limits), desc="generating", unit="token", leave=False, disable=None):
         running = [not end and step < n for end, n in zip(ended, limits, strict=True)]
@@ -53,10 +51,8 @@ def continue_batch(
         hidden = gpt(tokens, mask, cache)["last_token"]
         with torch.autocast(device.type, enabled=False):  # bfloat16 logits have many ties
             logits = gpt.hidden_state_to_token(hidden.float()).float()
-        logits = penalize(logits, seen, sampling.repetition_penalty)
         uniform = torch.cat([torch.rand(1, DRAWS, generator=g) for g in generators]).to(device)
         tokens = sample(logits, uniform, sampling)[:, None]
-        seen.scatter_(1, tokens, True)
         # A finished text stays in the batch as masked padding.
         mask = torch.cat([mask, torch.tensor(running, device=device)[:, None]], 1)
         for i, token in enumerate(tokens[:, 0].tolist()):
@@ -66,30 +62,17 @@ def continue_batch(
                 new_tokens[i].append(token)
                 if "\n" in gpt.decode([token]):
                     text = prompts[i] + gpt.decode(new_tokens[i])
-                    ended[i] = has_lines(text, sampling.max_lines)
+                    ended[i] = first_lines(text, sampling.max_lines) != text
     texts = [p + gpt.decode(new) for p, new in zip(prompts, new_tokens, strict=True)]
     texts = [first_lines(text, sampling.max_lines) for text in texts]
     texts = [max(pair, key=len) for pair in zip(prompts, texts, strict=True)]  # whole prompts
     return list(map(Continuation, texts, ended))
 
 
-def has_lines(text: str, count: int) -> bool:
-    """Whether `count` lines that are not empty have ended (0: no limit)."""
-    return 0 < count <= len(re.findall(r"\S.*\n", text))
-
-
 def first_lines(text: str, count: int) -> str:
     """The text up to the end of its `count`th line that is not empty (0: the whole text)."""
     ends = [line.end() for line in re.finditer(r"\S.*", text)]
     return text[: ends[count - 1]] if 0 < count <= len(ends) else text
-
-
-def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits (B, V) with those of seen tokens reduced (Keskar et al. 2019, arXiv 1909.05858)."""
-    if penalty == 1:
-        return logits
-    reduced = torch.where(logits > 0, logits / penalty, logits * penalty)
-    return torch.where(seen, reduced, logits)
 
 
 def sample(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config import GPT2Config, InputError
-from modules.attention import KVCache
+from modules.attention import KVCache, last_token
 from modules.gpt2_layer import GPT2Layer
 
 
@@ -49,14 +49,11 @@ class GPT2Model(nn.Module):
         if total > limit and (attention_mask is None or cache is None):
             raise InputError(f"{total} tokens, but the model has {limit} positions: shorten it")
         key = torch.arange(total, device=input_ids.device)
-        if attention_mask is None and (cached == 0 or tokens == 1):
-            real, mask = torch.ones_like(input_ids, dtype=torch.bool), None
-            positions = key[cached:]
+        if attention_mask is None and cache is None:
+            real, mask, positions = torch.ones_like(input_ids), None, key
         else:
             if attention_mask is None:
                 attention_mask = torch.ones(len(input_ids), total, device=input_ids.device)
-            if attention_mask.shape != (len(input_ids), total):
-                raise InputError(f"attention_mask must have the shape {len(input_ids), total}")
             real, query = attention_mask.bool(), key[cached:, None]
             # A padding token attends to itself: a row without any key would be NaN.
             mask = (key <= query) & real[:, None, None] | (key == query)  # (B, 1, T, cached + T)
@@ -71,9 +68,7 @@ class GPT2Model(nn.Module):
         if cache is not None:
             cache.length = total
         hidden = self.final_norm(x)
-        last = real.cumsum(1).argmax(1)  # the first of equal maxima
-        rows = torch.arange(len(hidden), device=hidden.device)
-        return {"last_hidden_state": hidden, "last_token": hidden[rows, last]}
+        return {"last_hidden_state": hidden, "last_token": last_token(hidden, real)}
 
     def hidden_state_to_token(self, hidden: Tensor) -> Tensor:
         """Logits over the vocabulary, (..., C) -> (..., V), with the tied embedding."""
@@ -93,11 +88,10 @@ class GPT2Model(nn.Module):
             return []
         settings = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         rows = self.tokenizer(texts, **settings)["input_ids"]
-        largest = max((max(row) for row in rows if row), default=0)
+        largest = max(map(max, filter(None, rows)), default=0)
         if largest >= self.config.vocab_size:
             token = self.tokenizer.convert_ids_to_tokens(largest)
-            size = self.config.vocab_size
-            raise InputError(f"a text needs the token {token!r} ({largest}), the model has {size}")
+            raise InputError(f"a text needs the token {token!r}, which the model does not have")
         return rows
 
     def decode(self, ids: list[int]) -> str:
@@ -108,23 +102,19 @@ class GPT2Model(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls,
-        model: str | Path = "tiny",
-        d: int | None = None,
-        l: int | None = None,  # noqa: E741 (the course's name)
-        num_heads: int | None = None,
+        cls, model: str | Path = "tiny", d: int = 0, l: int = 0, num_heads: int = 0
     ) -> "GPT2Model":
         """Load a size name (`tiny`, `gpt2` to `gpt2-xl`) or a Hugging Face folder in float32.
 
-        `d`, `l` and `num_heads` (width, layers, heads) are checked if given. Raises InputError for
-        a model that cannot be used. The model is in evaluation mode.
+        The course's `d`, `l` and `num_heads` (width, layers, heads) are checked if given. Raises
+        InputError for a model that cannot be used. The model is in evaluation mode.
         """
         from models import hugging_face  # here: this file runs without it, and it imports slowly
 
         gpt = hugging_face.load(model)
         sizes = {"d": gpt.config.n_embd, "l": gpt.config.n_layer, "num_heads": gpt.config.n_head}
         for (name, actual), expected in zip(sizes.items(), (d, l, num_heads), strict=True):
-            if expected not in (None, actual):
+            if expected and expected != actual:
                 raise InputError(f"{model} has {name}={actual}, not {expected}; leave it out")
         return gpt
 

@@ -9,23 +9,22 @@ from torch import Tensor, nn
 
 from config import InputError
 from lora import backbone, lora_layers
-from models.adapters import base_sha256, read_adapter
+from models.adapters import read_adapter
 
 
 class MixedLoRALinear(nn.Module):
-    """A linear layer with the updates of several adapters; each sequence uses its own or none.
+    """A layer with the update of an adapter for the sequences where `active` (B, 1, 1) is 1.
 
-    All A are stacked and all scaled B concatenated, so any number of adapters takes two matrix
-    multiplications. `active` (B, R) zeroes the columns of the other adapters between them.
+    The layer may be another MixedLoRALinear, so that each adapter adds its update to its sequences.
     """
 
-    def __init__(self, base: nn.Linear, a: Tensor, b: Tensor, active: Tensor) -> None:
+    def __init__(self, base: nn.Module, a: Tensor, b: Tensor, active: Tensor) -> None:
         super().__init__()
         self.base, self.a, self.b, self.active = base, a, b, active
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, in) -> (B, T, out)."""
-        return self.base(x) + (x @ self.a.T * self.active[:, None]) @ self.b.T
+        return self.base(x) + (x @ self.a.T * self.active) @ self.b.T
 
 
 @contextlib.contextmanager
@@ -35,25 +34,19 @@ def mixed_adapters(module: nn.Module, folders: list[str | Path | None]) -> Itera
     Adapters may differ in rank, alpha and targets. Raises InputError as load_adapter does, and if
     the model already has adapters.
     """
-    gpt, distinct = backbone(module), {folder for folder in folders if folder is not None}
+    gpt, distinct = backbone(module), dict.fromkeys(filter(None, folders))
     if distinct and lora_layers(gpt):
         raise InputError("the model already has a LoRA adapter: load the base model again")
-    base = base_sha256(gpt) if distinct else ""
-    device = gpt.token_embedding.weight.device
-    parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}  # A, scaled B, active by linear
-    for adapter in sorted(distinct, key=folders.index):
-        config, matrices = read_adapter(gpt, Path(adapter), base)
-        used = torch.tensor([[float(folder == adapter)] for folder in folders], device=device)
-        used = used.expand(-1, config.rank)
-        for name, (a, b) in matrices.items():
-            scaled = b.to(device) * (config.alpha / config.rank)
-            parts.setdefault(name, []).append((a.to(device), scaled, used))
-    linears = {name: gpt.get_submodule(name) for name in parts}
+    device, linears = gpt.token_embedding.weight.device, {}
+    adapters = {folder: read_adapter(gpt, Path(folder)) for folder in distinct}
     try:
-        for name, linear in linears.items():
-            a, b, active = zip(*parts[name], strict=True)
-            mixed = MixedLoRALinear(linear, torch.cat(a), torch.cat(b, 1), torch.cat(active, 1))
-            gpt.set_submodule(name, mixed)
+        for folder, (config, matrices) in adapters.items():
+            active = torch.tensor([[[float(folder == other)]] for other in folders], device=device)
+            for name, (a, b) in matrices.items():
+                linear, scaled = gpt.get_submodule(name), b * (config.alpha / config.rank)
+                linears.setdefault(name, linear)
+                mixed = MixedLoRALinear(linear, a.to(device), scaled.to(device), active)
+                gpt.set_submodule(name, mixed)
         yield
     finally:
         for name, linear in linears.items():

@@ -1,7 +1,6 @@
 """GPT-2 as a classifier of pairs: do two texts mean the same?"""
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -10,7 +9,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from config import InputError
 from lora import lora_layers
 from models.adapters import load_model, save_adapter
 from models.gpt2 import GPT2Model, init_weights
@@ -25,25 +23,16 @@ class ParaphraseGPT(nn.Module):
     """Pools the hidden states of a GPT2Model and classifies the pooled vector.
 
     `joint` encoding reads both texts in one prompt. `separate` encodes each text alone and
-    classifies [v1; v2; |v1 - v2|; v1 * v2] (Chen et al. 2018). Other keywords go to the pooling.
-    Swapping the two texts may change the answer.
+    classifies [v1; v2; |v1 - v2|; v1 * v2] (Chen et al. 2018). Swapping the texts may change
+    the answer.
     """
 
-    def __init__(
-        self,
-        gpt: GPT2Model,
-        pooling: str = "last",
-        pair_encoding: str = "joint",
-        **settings: float,
-    ) -> None:
+    def __init__(self, gpt: GPT2Model, pooling: str = "last", pair_encoding: str = "joint") -> None:
         super().__init__()
-        if pooling not in POOLINGS or pair_encoding not in ("joint", "separate"):
-            known = f"{', '.join(POOLINGS)}; joint or separate"
-            raise InputError(f"pooling {pooling}, pair_encoding {pair_encoding}: expected {known}")
-        self.settings = {"pooling": pooling, "pair_encoding": pair_encoding, **settings}
+        self.settings = {"pooling": pooling, "pair_encoding": pair_encoding}
         self.separate = pair_encoding == "separate"
         self.gpt = gpt
-        self.pooling = POOLINGS[pooling](gpt.config.n_embd, **settings)
+        self.pooling = POOLINGS[pooling](gpt.config.n_embd)
         vectors = 4 if self.separate else 1
         self.head = nn.Linear(vectors * self.pooling.width, len(ANSWERS))
         init_weights(self.head)
@@ -54,15 +43,14 @@ class ParaphraseGPT(nn.Module):
         return self.classify(self.hidden_states(input_ids, mask), mask)
 
     def loss(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per pair, plus the penalty of the pooling; labels (B,).
+        """Mean cross-entropy in nats per pair; labels (B,).
 
         Padding must be on the right, so that GPT-2 needs no mask.
         """
         mask = attention_mask.flatten(0, -2)
         with torch.set_grad_enabled(not self.is_frozen()):
             hidden = self.hidden_states(input_ids)
-        penalty = self.pooling.penalty(hidden, mask)
-        return F.cross_entropy(self.classify(hidden, mask), labels) + penalty
+        return F.cross_entropy(self.classify(hidden, mask), labels)
 
     def is_frozen(self) -> bool:
         """Whether only pooling and head are trained."""
@@ -76,9 +64,6 @@ class ParaphraseGPT(nn.Module):
 
     def hidden_states(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Hidden states (texts, T, C) of all texts, for a mask (texts, T) or right padding."""
-        if input_ids.ndim != (3 if self.separate else 2):
-            shape = tuple(input_ids.shape)
-            raise InputError(f"input_ids is {shape}; expected (B, T) joint or (B, 2, T) separate")
         return self.gpt(input_ids.flatten(0, -2), mask)["last_hidden_state"]
 
     def classify(self, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -97,16 +82,9 @@ class ParaphraseGPT(nn.Module):
         return None if weights is None else weights.view(input_ids.shape)
 
     def vocab_logits(self, logits: Tensor) -> Tensor:
-        """The two logits (B, 2) at the tokens "no" and "yes" of (B, V); the others are -1e9.
-
-        Raises InputError if the tokenizer has no such tokens.
-        """
-        vocabulary = self.gpt.tokenizer.get_vocab()
-        if not set(ANSWERS) <= vocabulary.keys():
-            raise InputError(f"the tokenizer of {self.gpt.name} has no tokens for {ANSWERS}")
-        logits = logits.float()  # float16 has no -1e9
+        """The two logits (B, 2) at the tokens "no" and "yes" of (B, V); the others are -1e9."""
         wide = logits.new_full((len(logits), self.gpt.config.vocab_size), -1e9)
-        wide[:, [vocabulary[answer] for answer in ANSWERS]] = logits
+        wide[:, self.gpt.tokenizer.convert_tokens_to_ids(ANSWERS)] = logits
         return wide
 
     def head_modules(self) -> nn.ModuleDict:
@@ -120,8 +98,7 @@ class ParaphraseGPT(nn.Module):
         else:
             self.gpt.save_pretrained(folder)
         path, metadata = Path(folder) / HEAD_FILE, {"settings": json.dumps(self.settings)}
-        save_file(self.head_modules().state_dict(), path, metadata=metadata)
-        shutil.copymode(next(path.parent.glob("*.json")), path)  # see models/hugging_face.py
+        save_file(self.head_modules().state_dict(), path, metadata)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ParaphraseGPT":
@@ -129,13 +106,9 @@ class ParaphraseGPT(nn.Module):
 
         Raises InputError if the folder is not a saved ParaphraseGPT.
         """
-        path = Path(folder) / HEAD_FILE
-        if not path.is_file():
-            raise InputError(f"{path} not found; name the best/ folder of a paraphrase run")
-        gpt = load_model(folder)
-        with input_errors(f"{path} is not the head of this model"):
-            with safe_open(path, "pt") as file:
-                settings = json.loads(file.metadata()["settings"])
-            model = cls(gpt, **settings)
+        gpt, path = load_model(folder), Path(folder) / HEAD_FILE
+        failure = f"{path} is not a classifier's head; name the best/ folder of a paraphrase run"
+        with input_errors(failure), safe_open(path, "pt") as file:
+            model = cls(gpt, **json.loads(file.metadata()["settings"]))
             model.head_modules().load_state_dict(load_file(path))
         return model.eval()

@@ -3,6 +3,7 @@
 Dimensions in this project: B batch, T tokens, C width, H heads, D head width, V vocabulary, R rank.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,19 +18,17 @@ class KVCache:
 
     def __init__(self, config: GPT2Config, batch: int, max_tokens: int) -> None:
         head_width = config.n_embd // config.n_head
-        self.shape = (config.n_layer, batch, config.n_head, max_tokens, head_width)
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
+        self.shape = (config.n_layer, 2, batch, config.n_head, max_tokens, head_width)
+        self.entries: Tensor | None = None  # keys and values
         self.length = 0  # cached tokens; GPT2Model advances it after the last layer
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, H, T, D) and return all keys and values of the layer, (B, H, length + T, D)."""
-        if self.keys is None:
-            self.keys, self.values = key.new_empty(self.shape), key.new_empty(self.shape)
+        if self.entries is None:
+            self.entries = key.new_empty(self.shape)
         stop = self.length + key.shape[2]
-        self.keys[layer, :, :, self.length : stop] = key
-        self.values[layer, :, :, self.length : stop] = value
-        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+        self.entries[layer, ..., self.length : stop, :] = torch.stack([key, value])
+        return self.entries[layer, ..., :stop, :].unbind()
 
 
 class DotProductAttention(nn.Module):
@@ -42,13 +41,10 @@ class DotProductAttention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """(B, H, T, D) and twice (B, H, cached + T, D) -> (B, H, T, D).
 
-        `mask` (B, 1, T, cached + T) is True where a query may attend; None means causal.
+        `mask` (B, 1, T, cached + T) is True where a query may attend; None is causal (no cache).
         """
         p = self.dropout if self.training else 0.0
-        is_causal = mask is None
-        if query.shape[2] == 1:  # the last token, which attends to all cached ones
-            is_causal = False  # (as an expression, torch.compile would see a symbol, not a bool)
-        return F.scaled_dot_product_attention(query, key, value, mask, p, is_causal)
+        return F.scaled_dot_product_attention(query, key, value, mask, p, is_causal=mask is None)
 
 
 class CausalSelfAttention(nn.Module):
@@ -75,3 +71,9 @@ class CausalSelfAttention(nn.Module):
             key, value = cache.append(layer, key, value)
         heads = self.attend(query, key, value, mask)
         return self.out_proj(heads.transpose(1, 2).flatten(2))  # (B, T, C)
+
+
+def last_token(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """The hidden state (B, C) of each last real token, of (B, T, C) and a mask (B, T)."""
+    last = attention_mask.cumsum(1).argmax(1)  # the first of equal maxima
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]

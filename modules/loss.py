@@ -10,7 +10,6 @@ from torch.autograd.function import once_differentiable
 IGNORE_INDEX = -100  # positions excluded from the loss
 CHUNK = 256  # 256 x 50,257 float32 logits take 51 MB; those of eight sonnets would take 280 MB
 TRAINED_CHUNK = 512  # each chunk adds to the whole gradient of a trained weight: fewer are faster
-BLOCK = 2**20  # logits that stay in a CPU's cache from one operation to the next
 
 
 class VocabularyLoss(nn.Module):
@@ -47,9 +46,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         if (need_hidden or need_weight) and torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
         # In float16, most gradients of logits would underflow before they are scaled.
-        grad_dtype = full_dtype if dtype == torch.float16 else dtype
         head = weight.to(dtype)
-        grad_head = head if dtype == grad_dtype else weight.to(grad_dtype)
+        grad_head = weight if dtype == torch.float16 else head
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight) if need_weight else None
         share = (labels != IGNORE_INDEX).to(full_dtype)[:, None]  # 1 / count, or 0 if excluded
@@ -57,18 +55,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         labels = labels.clamp(min=0)[:, None]
         losses = torch.empty_like(share)
         chunk = TRAINED_CHUNK if need_weight else CHUNK
-        block = max(1, BLOCK // len(head)) if device_type == "cpu" else chunk
         with torch.autocast(device_type, enabled=False):
             for start in range(0, len(labels), chunk):
                 rows = slice(start, start + chunk)
                 inputs = hidden[rows].to(dtype)
-                logits = multiply(inputs, head).to(grad_dtype)
-                blocks = [tensor.split(block) for tensor in (logits, labels[rows], share[rows])]
-                losses[rows] = torch.cat(list(map(losses_and_gradient_, *blocks)))
+                logits = multiply(inputs, head).to(grad_head.dtype)
+                losses[rows] = losses_and_gradient_(logits, labels[rows], share[rows])
                 if need_hidden:
                     grad_hidden[rows] = logits @ grad_head
                 if need_weight:
-                    grad_weight += logits.T @ inputs.to(grad_dtype)
+                    grad_weight += logits.T @ inputs.to(grad_head.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return (losses * share).sum()
 

@@ -94,8 +94,6 @@ def test_past_the_last_position_is_an_error(gpt):
     for settings in ({"input_ids": ids}, {"input_ids": ids[:, 60:], "cache": cache}):
         with pytest.raises(InputError, match=r"65 tokens, .* 64 positions"):
             gpt(**settings)
-    with pytest.raises(InputError, match=r"attention_mask.*\(1, 20\)"):
-        gpt(ids[:, :20], torch.ones(1, 19))
 
 
 def test_dropout_acts_in_training_only(gpt, ids):
@@ -165,5 +163,5 @@ def test_a_special_token_in_a_text_is_ordinary_text(gpt):
     assert [gpt.decode([*row, gpt.end_of_text]) for row in rows] == texts
     assert gpt.encode([]) == []
     gpt.tokenizer.add_tokens(["[PAD]"])
-    with pytest.raises(InputError, match=r"\[PAD\].*300"):
+    with pytest.raises(InputError, match=r"\[PAD\].*not have"):
         gpt.encode(["a rose", "a [PAD] rose"])

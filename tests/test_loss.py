@@ -23,7 +23,7 @@ def problem(dtype=torch.float32):
 @pytest.mark.parametrize("chunk", [1, 3, 10, 512])
 def test_equals_the_cross_entropy_of_whole_logits(chunk, monkeypatch):
     """Also with a short last chunk, and with gradients that are scaled afterwards."""
-    monkeypatch.setattr(loss_module, "CHUNK", chunk)
+    monkeypatch.setattr(loss_module, "TRAINED_CHUNK", chunk)
     hidden, weight, labels = problem()
     loss = cross_entropy(hidden, weight, labels)
     whole = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten())
@@ -34,7 +34,7 @@ def test_equals_the_cross_entropy_of_whole_logits(chunk, monkeypatch):
 
 def test_gradients_by_finite_differences(monkeypatch):
     """The gradients are written by hand; in float64 they equal differences of the value."""
-    monkeypatch.setattr(loss_module, "CHUNK", 3)
+    monkeypatch.setattr(loss_module, "TRAINED_CHUNK", 3)
     hidden, weight, labels = problem(torch.float64)
     function = lambda h, w: cross_entropy(h, w, labels)  # noqa: E731
     assert torch.autograd.gradcheck(function, (hidden, weight), fast_mode=True)

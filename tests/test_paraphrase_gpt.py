@@ -19,10 +19,10 @@ ENCODINGS = pytest.mark.parametrize("pair_encoding", ["joint", "separate"])
 LABELS = torch.tensor([1, 0])
 
 
-def make(gpt, pooling="last", pair_encoding="joint", **settings):
+def make(gpt, pooling="last", pair_encoding="joint"):
     """A model in evaluation mode whose random head and pooling tell texts apart."""
     torch.manual_seed(2)
-    model = ParaphraseGPT(gpt, pooling, pair_encoding, **settings).eval()
+    model = ParaphraseGPT(gpt, pooling, pair_encoding).eval()
     for name, parameter in model.head_modules().named_parameters():
         torch.nn.init.normal_(parameter, std=0.05 if name.startswith("head") else 0.3)
     return model
@@ -72,19 +72,15 @@ def test_input_of_the_head(gpt, ids):
     assert_close(model(pair, torch.ones_like(pair)), model.head(seen), rtol=1e-5, atol=1e-6)
     model = make(gpt, "mean")
     assert_close(model(ids[:1], torch.ones(1, 20)), model.head(first), rtol=1e-5, atol=1e-6)
-    with pytest.raises(InputError, match=r"input_ids is \(1, 2, 20\)"):
-        model(pair, torch.ones_like(pair))
 
 
-def test_loss_is_cross_entropy_plus_penalty(gpt, ids):
-    """Nats per pair, worked out from the logits; equal heads have a penalty of 1 per pair."""
-    model = make(gpt, "multihead", "separate", heads=2, parameter_penalty=0.0, vector_penalty=0.5)
-    for part in (model.pooling.inner, model.pooling.outer):
-        part[1].load_state_dict(part[0].state_dict())
+def test_loss_is_the_cross_entropy(gpt, ids):
+    """Nats per pair, worked out from the logits."""
+    model = make(gpt, "multihead", "separate")
     inputs = batch(ids, "separate")
     (no, yes), (other_no, other_yes) = model(*inputs).tolist()
     nats = [math.log(1 + math.exp(no - yes)), math.log(1 + math.exp(other_yes - other_no))]
-    assert model.loss(*inputs, LABELS).item() == pytest.approx(sum(nats) / 2 + 0.5, rel=1e-5)
+    assert model.loss(*inputs, LABELS).item() == pytest.approx(sum(nats) / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["frozen", "lora"])
@@ -104,23 +100,20 @@ def test_what_is_trained(gpt, ids, lora):
         assert (parameter.grad is not None) == trained, name
 
 
-def test_vocab_logits(gpt):
+def test_vocab_logits():
     """The logits are at the tokens no and yes of the bundled model, and -1e9 elsewhere."""
     model = ParaphraseGPT(GPT2Model.from_pretrained("tiny"))
-    wide = model.vocab_logits(torch.tensor([[1.5, -2.0], [-30.0, -20.0]]).half())
+    wide = model.vocab_logits(torch.tensor([[1.5, -2.0], [-30.0, -20.0]]))
     assert (wide.shape, wide.dtype) == ((2, 8192), torch.float32)
     assert [model.gpt.decode([token]) for token in wide.argmax(1).tolist()] == ["no", "yes"]
     assert wide.sort().values[:, -3:].tolist() == [[-1e9, -2.0, 1.5], [-1e9, -30.0, -20.0]]
-    with pytest.raises(InputError, match="no tokens for"):
-        make(gpt).vocab_logits(torch.zeros(1, 2))
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("settings", [("multihead", "separate"), ("last", "joint")], ids=str)
 def test_saved_loaded_and_saved_again(gpt, ids, tmp_path, lora, settings):
-    """Logits, settings and files are bit-identical, and others may read the files."""
-    penalties = {"vector_penalty": 0.25} if settings[0] == "multihead" else {}
-    model = make(gpt, *settings, **penalties)
+    """Logits, settings and files are bit-identical."""
+    model = make(gpt, *settings)
     if lora:
         randomise(apply_lora(model, LoRAConfig(rank=2)))
     one, two = tmp_path / "one", tmp_path / "two"
@@ -130,12 +123,11 @@ def test_saved_loaded_and_saved_again(gpt, ids, tmp_path, lora, settings):
     with torch.no_grad():
         inputs = batch(ids, settings[1])
         assert torch.equal(again(*inputs), model.eval()(*inputs))
-    assert again.settings == {"pooling": settings[0], "pair_encoding": settings[1], **penalties}
+    assert again.settings == {"pooling": settings[0], "pair_encoding": settings[1]}
     again.save_pretrained(two)
     files = {path.name: path.read_bytes() for path in one.iterdir()}
     assert files == {path.name: path.read_bytes() for path in two.iterdir()}
     assert ("adapter_model.safetensors" in files) == lora
-    assert len({path.stat().st_mode for path in one.iterdir()}) == 1
 
 
 LAST = {"pooling": "last", "pair_encoding": "joint"}
@@ -157,8 +149,8 @@ def test_an_unusable_head_is_rejected(gpt, tmp_path, problem):
     make(gpt).save_pretrained(tmp_path)
     path = tmp_path / "head.safetensors"
     save_file(load_file(path) | changes, path, metadata={"settings": json.dumps(settings)})
-    with pytest.raises(InputError, match=r"head\.safetensors is not the head"):
+    with pytest.raises(InputError, match=r"head\.safetensors is not"):
         ParaphraseGPT.from_pretrained(tmp_path)
     path.unlink()
-    with pytest.raises(InputError, match=r"head\.safetensors not found"):
+    with pytest.raises(InputError, match=r"head\.safetensors is not .*best/"):
         ParaphraseGPT.from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Poolings against numbers worked out by hand, padding, and the penalty on similar heads."""
+"""Poolings against numbers worked out by hand, padding, and weights that sum to 1."""
 
 import math
 
@@ -27,11 +27,10 @@ def random_pooling(name):
     [("last", [0, 4]), ("mean", [1 / 2, 3]), ("weightedmean", [1 / 3, 10 / 3]), ("max", [1, 4])],
 )
 def test_poolings_without_parameters_by_hand(name, expected):
-    """Of (1, 2) and (0, 4); they have no weights to show and no penalty."""
+    """Of (1, 2) and (0, 4); they have no weights to show."""
     pooling = POOLINGS[name](2)
     assert_close(pooling(HIDDEN, MASK), torch.tensor([expected], dtype=torch.float32))
     assert pooling.token_weights(HIDDEN, MASK) is None
-    assert pooling.penalty(HIDDEN, MASK) == 0
 
 
 def test_generalized_by_hand():
@@ -47,9 +46,9 @@ def test_generalized_by_hand():
     assert_close(pooling(HIDDEN, MASK), torch.tensor([[first, 2 * first + 4 * (1 - first)]]))
 
 
-def two_heads(**penalties):
+def two_heads():
     """Scores (ln 3, 0 | 0, 0) of the first head and (0, 0 | ln 9, 0) of the second."""
-    pooling = POOLINGS["multihead"](2, heads=2, **penalties)
+    pooling = POOLINGS["multihead"](2, heads=2)
     pooling.inner[0].weight.data = torch.tensor([[1.0, 0.0]])
     pooling.inner[1].weight.data = torch.tensor([[0.5, -0.5]])
     pooling.outer[0].weight.data = torch.tensor([[math.log(3)], [0.0]])
@@ -65,24 +64,6 @@ def test_multihead_by_hand():
     expected = torch.tensor([[0.75, 3.0, 0.5, 0.9 * 2 + 0.1 * 4]])
     assert_close(pooling(HIDDEN, MASK), expected)
     assert_close(pooling.token_weights(HIDDEN, MASK), torch.tensor([[first, 1 - first]]))
-
-
-def test_penalties_by_hand():
-    """max(0, 1 - |X^1 - X^2|^2), with the weights 4, 8 and 16, is averaged over two texts.
-
-    W1: 1 - 0.5^2 - 0.5^2 = 0.5. Attention: 1 - 2 (0.25^2 + 0.4^2) = 0.555. Vectors of the first
-    text: 1 - 0.25^2 - 0.8^2 = 0.2975, of twice its values: max(0, 1 - 0.5^2 - 1.6^2) = 0.
-    """
-    pooling = two_heads(parameter_penalty=4.0, attention_penalty=0.0, vector_penalty=0.0)
-    penalty = pooling.penalty(HIDDEN, MASK)
-    penalty.backward()
-    assert penalty.item() == pytest.approx(4 * 0.5)
-    # The gradient -2 (W1 - W2) pushes heads apart.
-    assert_close(pooling.inner[0].weight.grad, 4 * torch.tensor([[-1.0, -1.0]]))
-    pooling = two_heads(parameter_penalty=0.0, attention_penalty=8.0)
-    assert pooling.penalty(HIDDEN, MASK).item() == pytest.approx(8 * 0.555)
-    pooling = two_heads(parameter_penalty=4.0, vector_penalty=16.0)
-    assert pooling.penalty(HIDDEN, MASK).item() == pytest.approx(4 * 0.5 + 16 * 0.2975)
 
 
 @pytest.mark.parametrize("name", POOLINGS)
