@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,30 @@ def test_the_tree_of_files_is_complete():
     files = {path.name for path in ROOT.glob("*.py")} | {"walkthrough.ipynb"}
     folders = {f"{name}/" for name in (*CODE, "data", "results", "benchmarks", "tests")}
     assert named == files | folders
+
+
+def lines_of_code(path):
+    """The number of lines that are not blank and hold more than a comment or a docstring."""
+    lines, previous = set(), tokenize.NEWLINE
+    layout = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    with open(path, encoding="utf-8") as file:
+        for token in tokenize.generate_tokens(file.readline):
+            if token.type in (tokenize.COMMENT, tokenize.NL):
+                continue
+            is_docstring = token.type == tokenize.STRING and previous in layout
+            if token.type not in layout and not is_docstring:
+                lines |= set(range(token.start[0], token.end[0] + 1))
+            previous = token.type
+    return len(lines)
+
+
+def test_the_size_is_counted():
+    """The number in README.md's first sentence, rounded to hundreds."""
+    paths = [*ROOT.glob("*.py"), *(path for name in CODE for path in ROOT.glob(f"{name}/*.py"))]
+    lines = sum(map(lines_of_code, paths))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    claimed = int(re.search(r"([\d,]+) lines of Python", text)[1].replace(",", ""))
+    assert claimed == round(lines, -2), lines
 
 
 @DOCUMENTS

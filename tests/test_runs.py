@@ -131,20 +131,6 @@ def test_folders_are_replaced_completely_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs modes")
-@pytest.mark.parametrize("kind", ["sonnets-lora", "paraphrases-full"])
-def test_all_files_have_the_mode_of_the_umask(tmp_path, kind):
-    """safetensors makes files for their owner alone."""
-    files, before = make_files(tmp_path), os.umask(0o027)
-    try:
-        folder = run(files, kind, tmp_path / "run", "--epochs=1")
-    finally:
-        os.umask(before)
-    modes = {p.name: oct(p.stat().st_mode & 0o777) for p in folder.rglob("*") if p.name != ".lock"}
-    folders = {name: modes.pop(name) for name in ("best", "predictions")}
-    assert (set(modes.values()), set(folders.values())) == ({"0o640"}, {"0o750"}), modes
-
-
 class Malicious:
     """A pickle of this creates a folder when it is loaded."""
 
