@@ -49,14 +49,11 @@ def compare(
         values = metric_by_seed(runs, texts, metric).loc[list(runs["row"].unique())]
         subtracted = values.query("row == @baseline").droplevel("row")
         by_row = values.sub(subtracted, level="seed").dropna().groupby("row", sort=False)
-        members = {
-            row: Difference(frame.to_numpy())
-            for row, frame in by_row
-            if row != baseline and re.match(pattern, row)
-        }
-        intervals = [d.over_seeds if metric in COST else d.over_both for d in members.values()]
+        rows = [row for row, _ in by_row if row != baseline and re.match(pattern, row)]
+        differences = [Difference(by_row.get_group(row).to_numpy()) for row in rows]
+        intervals = [d.over_seeds if metric in COST else d.over_both for d in differences]
         decided = verdicts(intervals, margins[metric])
-        for (row, difference), verdict in zip(members.items(), decided, strict=True):
+        for row, difference, verdict in zip(rows, differences, decided, strict=True):
             ends = (difference.over_seeds(), difference.over_texts(), difference.over_both())
             cells = [f"{difference.mean:+.3f}", *map(format_interval, ends), margins[metric] or ""]
             records.append([row, metric, baseline, *cells, verdict])
@@ -83,10 +80,9 @@ def markdown(table: pd.DataFrame) -> str:
     return table.to_markdown(disable_numparse=True, index=table.index.name is not None)
 
 
-def report(runs: pd.DataFrame, baselines: pd.DataFrame, differences: pd.DataFrame) -> str:
+def report(runs: pd.DataFrame, differences: pd.DataFrame) -> str:
     """The report in markdown."""
-    tables = (means_table(runs, baselines), differences)
-    shown = [markdown(table) for table in tables if len(table)]
+    shown = [markdown(table) for table in (means_table(runs), differences) if len(table)]
     commits = runs[["commit", "dtype"]].value_counts()
     counts = ", ".join(f"{count} of {' '.join(key)}" for key, count in commits.items())
     end = f"Runs by commit (+: edited code) and precision: {counts}.\n"
@@ -98,10 +94,10 @@ def read_baselines(runs: pd.DataFrame) -> pd.DataFrame:
     if "dataset" not in runs or runs["options"].str.contains("--para_").any():
         return pd.DataFrame()
     name = f"baselines-{runs['dataset'].iloc[0]}.csv"  # written by data/build/baselines.py
-    return pd.read_csv(ROOT / "results" / name, index_col="baseline")
+    return pd.read_csv(ROOT / "results" / name, index_col="baseline").map("{:.3f}".format)
 
 
-def means_table(runs: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
+def means_table(runs: pd.DataFrame) -> pd.DataFrame:
     """Mean and deviation over seeds of the main metrics; then baselines without a model."""
     pooled = runs.groupby(["row", "seed"], sort=False).mean(numeric_only=True)  # over folds
     means = pooled.filter(COLUMNS).dropna(axis="columns", how="all")
@@ -114,5 +110,5 @@ def means_table(runs: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
         names = [name for name in means if source + name in pooled]
         if names:
             table.loc[label, names] = [format_values(pooled[source + name]) for name in names]
-    accuracies = baselines.filter(list(means)).map("{:.3f}".format)
+    accuracies = read_baselines(runs).filter(list(means))
     return pd.concat([table, accuracies]).rename_axis("row").fillna("")

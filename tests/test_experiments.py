@@ -8,7 +8,6 @@ from itertools import chain
 
 import pandas as pd
 import pytest
-from matplotlib.figure import Figure
 
 import experiments
 import paraphrase_detection
@@ -16,9 +15,8 @@ import sonnet_generation
 from config import ROOT, InputError
 from datasets import read_sonnets
 from evaluation import tables
-from evaluation.plots import draw_experiment
 from evaluation.tables import metric_by_seed
-from experiments import EXPERIMENTS, Experiment, make_jobs, write_folds
+from experiments import EXPERIMENTS, Experiment, make_jobs, write_fold
 
 SCRIPT = '''
 """A task that takes no time; its loss is --lr plus the last digit of the seed."""
@@ -212,8 +210,11 @@ def test_a_cross_validation(task, tmp_path, monkeypatch):
 def test_folds_partition_the_sonnets(tmp_path):
     """Each sonnet is a test and a dev text once, and none of them is trained on in that fold."""
     splits = [
-        [read_sonnets(option.partition("=")[2])["id"].tolist() for option in fold]
-        for fold in write_folds(tmp_path)
+        [
+            read_sonnets(option.partition("=")[2])["id"].tolist()
+            for option in write_fold(tmp_path, k)
+        ]
+        for k in range(experiments.FOLDS)
     ]
     tests, devs, _ = zip(*splits, strict=True)
     for ids in (tests, devs):
@@ -285,21 +286,3 @@ def test_pairs_are_stored_without_their_texts(task, tmp_path):
     assert texts.columns.tolist()[4:] == ["split", "id", "loss", "predicted", "correct"]
     assert texts["loss"].tolist() == [1.3333, 2.3333, 3.3333] * 2
     assert set(texts["correct"]) == {0}
-
-
-def test_the_plot_of_pairs_shows_the_regression(monkeypatch):
-    """A dashed line at the accuracy of the last baseline, with its name; none at losses."""
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: figures.append(figure))
-    runs = {"row": ["a", "a"], "seed": [1, 2], "test_accuracy": [0.5, 0.6], "test_loss": [1.0, 2.0]}
-    names = ["majority class", "logistic regression"]
-    baselines = pd.DataFrame({"test_accuracy": [0.5, 0.65]}, index=names)
-    not_measured = ["peak_memory_gb"]  # of models that are not trained
-    draw_experiment(
-        "", pd.DataFrame(runs), ["test_accuracy", "test_loss", *not_measured], baselines
-    )
-    [accuracy, loss] = figures[0].axes
-    dashed = [line for line in accuracy.lines if line.get_linestyle() == "--"]
-    assert [line.get_xdata()[0] for line in dashed] == [0.65]
-    assert accuracy.get_legend().get_texts()[0].get_text() == "logistic regression"
-    assert "--" not in [line.get_linestyle() for line in loss.lines]
