@@ -43,10 +43,11 @@ def save_adapter(module: nn.Module, folder: str | Path) -> None:
     if not layers:
         raise InputError("the model has no LoRA adapters to save")
     config = next(iter(layers.values())).config
-    groups = {theirs: targeted(ours, config.targets) for theirs, ours in CONV1D_LAYERS.items()}
-    adapted = [theirs for theirs, names in groups.items() if names]
-    rank = config.rank * max(map(len, groups.values()))
-    tensors = {}
+    counts, tensors = {}, {}  # numbers of adapted linears by Hugging Face's name of the layer
+    for theirs, ours in CONV1D_LAYERS.items():
+        counts[theirs] = sum(f"layers.0.{name}" in layers for name in ours)
+    adapted = [theirs for theirs, count in counts.items() if count]
+    rank = config.rank * max(counts.values())
     for layer in range(gpt.config.n_layer):
         for theirs in adapted:
             parts = [layers.get(f"layers.{layer}.{name}") for name in CONV1D_LAYERS[theirs]]
@@ -71,11 +72,6 @@ def save_adapter(module: nn.Module, folder: str | Path) -> None:
     note = {"targets": config.targets, "rank": config.rank, "base_sha256": base_sha256(gpt)}
     # A second entry would make the file differ from run to run: their order is not fixed.
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"adapter": json.dumps(note)})
-
-
-def targeted(names: tuple[str, ...], targets: tuple[str, ...]) -> list[str]:
-    """Those of our names of linear layers that are targets of LoRA."""
-    return [name for name in names if name.rpartition(".")[2] in targets]
 
 
 def pad_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -182,7 +178,7 @@ def split_fused(a: Tensor, b: Tensor, names: tuple[str, ...], note: dict[str, An
     blocks = dict(zip(names, b.tensor_split(len(names)), strict=True))
     if not note:
         return {name: (a, block) for name, block in blocks.items()}
-    present = targeted(names, note["targets"])
+    present = [name for name in names if name.rpartition(".")[2] in note["targets"]]
     rank = note.get("rank", len(a) // len(present))  # older files are not padded
     pieces = zip(present, a.split(rank), strict=False)  # the rest is padding
     return {n: (piece, blocks[n].split(rank, 1)[i]) for i, (n, piece) in enumerate(pieces)}
