@@ -18,7 +18,6 @@ DIFFERENCE_COLUMNS += ["95 % CI over texts", "95 % CI over both", "margin", "ver
 NOTES = """Losses are in nats per token, or per pair; a sonnet counts by its share of the tokens.
 A verdict uses the interval over seeds and texts (for costs, over seeds) with Holm's correction for
 the rows of a metric and baseline. Times and memory are of runs with --jobs 1."""
-SOURCES = {"Shakespeare": "gold_", "random lines": "random_"}  # of texts without a model
 
 
 def metric_by_seed(runs: pd.DataFrame, texts: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -99,16 +98,12 @@ def read_baselines(runs: pd.DataFrame) -> pd.DataFrame:
 
 def means_table(runs: pd.DataFrame) -> pd.DataFrame:
     """Mean and deviation over seeds of the main metrics; then baselines without a model."""
-    pooled = runs.groupby(["row", "seed"], sort=False).mean(numeric_only=True)  # over folds
-    means = pooled.filter(COLUMNS).dropna(axis="columns", how="all")
+    by_seed = runs.groupby(["row", "seed"], sort=False).mean(numeric_only=True)  # over folds
+    means = by_seed.filter(COLUMNS).dropna(axis="columns", how="all")
     table = means.groupby("row", sort=False).agg(format_values)
     by_row = runs.groupby("row")
     table["seeds"] = by_row["seed"].nunique().astype(str)
     if runs["chosen"].any():
         table["chosen"] = by_row["chosen"].agg(lambda names: "; ".join(names.unique()))
-    for label, source in SOURCES.items():
-        names = [name for name in means if source + name in pooled]
-        if names:
-            table.loc[label, names] = [format_values(pooled[source + name]) for name in names]
     accuracies = read_baselines(runs).filter(list(means))
     return pd.concat([table, accuracies]).rename_axis("row").fillna("")
