@@ -32,7 +32,7 @@ from tqdm import tqdm
 from config import ROOT, InputError
 from datasets import read_sonnets
 from evaluation.plots import draw_experiment
-from evaluation.tables import COST, compare, read_baselines, report
+from evaluation.tables import COST, compare, report
 from pooling import POOLINGS
 from training.options import exit_cleanly
 from training.runs import atomic_path, lock, write_csv, write_text
@@ -71,7 +71,6 @@ def with_rates(row: str, options: str, rates: str, name: str = "") -> Rows:
 # looking at results: 0.02 nats are 2 % of the perplexity.
 SONNETS = "sonnet_generation.py --sonnet_out={}/test.txt"
 PAIRS = "paraphrase_detection.py --para_dev_out={}/dev.csv --para_test_out={}/test.csv"
-FOLD_MARGINS = {"test_loss": 0.02}
 LOSS_MARGINS = {"dev_loss": 0.02, "test_loss": 0.02}
 SONNET_MARGINS = LOSS_MARGINS | dict.fromkeys(COST, 0.0)
 PAIR_MARGINS = {"dev_accuracy": 0.01, "test_accuracy": 0.01, "test_loss": 0.02}
@@ -113,7 +112,7 @@ for encoding, poolings in ENCODINGS.items():
 EXPERIMENTS = {
     "sonnets": Experiment(SONNETS, SONNET_ROWS, SONNET_COMPARISONS, SONNET_MARGINS),
     "lora_best": Experiment(SONNETS, BEST_ROWS, BEST_COMPARISONS, LOSS_MARGINS),
-    "cross_validation": Experiment(SONNETS, FOLD_ROWS, FOLD_COMPARISONS, FOLD_MARGINS, True),
+    "cross_validation": Experiment(SONNETS, FOLD_ROWS, FOLD_COMPARISONS, {"test_loss": 0.02}, True),
     "poolings": Experiment(PAIRS, POOLING_ROWS, POOLING_COMPARISONS, PAIR_MARGINS),
     "frozen": Experiment(PAIRS, FROZEN_ROWS, POOLING_COMPARISONS, PAIR_MARGINS),
 }
@@ -131,25 +130,22 @@ def make_jobs(experiment: Experiment, words: list[str], extra: list[str]) -> pd.
     return jobs[[any(word in row for word in words) for row in jobs["row"]]]
 
 
-def write_folds(folder: Path) -> list[list[str]]:
-    """Split all bundled sonnets into folds; the options that name the files of each.
+def write_fold(folder: Path, fold: int) -> list[str]:
+    """Write one way to split all bundled sonnets; the options that name its three files.
 
-    Fold k is the test set, the next one is dev, and the others train. Sonnets are ordered by a
-    hash, which is the same on every machine.
+    Of FOLDS parts, the given one is the test set, the next one is dev, and the others train.
+    Sonnets are ordered by a hash, which is the same on every machine.
     """
     paths = sorted((ROOT / "data").glob("Shakespeare_Sonnets_*.csv"))
     sonnets = pd.concat(map(read_sonnets, paths))
     keys = [hashlib.sha256(f"{FIRST_SEED} {name}".encode()).hexdigest() for name in sonnets["id"]]
     sonnets = sonnets.assign(key=keys).sort_values("key", ignore_index=True).drop(columns="key")
-    folds = []
-    for fold in range(FOLDS):
-        place = (sonnets.index - fold) % FOLDS
-        splits = {"held_out_sonnet_path": place == 0, "dev_sonnet_path": place == 1}
-        splits["sonnet_path"] = place > 1
-        for name, is_member in splits.items():
-            write_csv(folder / f"{fold}-{name}.csv", sonnets[is_member])
-        folds.append([f"--{name}={folder / f'{fold}-{name}.csv'}" for name in splits])
-    return folds
+    place = (sonnets.index - fold) % FOLDS
+    splits = {"held_out_sonnet_path": place == 0, "dev_sonnet_path": place == 1}
+    splits["sonnet_path"] = place > 1
+    for name, is_member in splits.items():
+        write_csv(folder / f"{fold}-{name}.csv", sonnets[is_member])
+    return [f"--{name}={folder / f'{fold}-{name}.csv'}" for name in splits]
 
 
 class Table:
@@ -159,8 +155,7 @@ class Table:
         self, experiment: Experiment, jobs: pd.DataFrame, folder: Path, workers: int
     ) -> None:
         """Start without runs; `workers` is the number of runs at a time."""
-        self.script, self.jobs, self.folder, self.workers = experiment.script, jobs, folder, workers
-        self.folds = write_folds(folder) if experiment.cross_validation else [[]]
+        self.experiment, self.jobs, self.folder, self.workers = experiment, jobs, folder, workers
         self.path = str(ROOT / "results" / folder.name)
         self.csv, self.gz = Path(f"{self.path}.csv"), Path(f"{self.path}-texts.csv.gz")
         self.runs = jobs.assign(seed=0, dev_loss=0.0)[:0]
@@ -204,10 +199,11 @@ class Table:
         """Run the task script, and store its results or print its errors."""
         folder = self.folder / file_name(" ".join(str(run[name]) for name in KEY))
         shutil.rmtree(folder, ignore_errors=True)
-        script, *outputs = (word.format(folder) for word in self.script.split())
+        script, *outputs = (word.format(folder) for word in self.experiment.script.split())
         command = [sys.executable, ROOT / script, *outputs, "--model_size=tiny"]
-        command += [*self.folds[run["fold"]], *shlex.split(run["options"])]
-        command += [f"--seed={run['seed']}", f"--out_dir={folder}"]
+        if self.experiment.cross_validation:
+            command += write_fold(self.folder, run["fold"])
+        command += [*shlex.split(run["options"]), f"--seed={run['seed']}", f"--out_dir={folder}"]
         threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // self.workers))}
         result = subprocess.run(command, env=os.environ | threads, capture_output=True)
         if result.returncode:
@@ -255,7 +251,6 @@ def main(arguments: list[str] | None = None) -> int:
         raise InputError(f"no row of {options.name} has one of the words {options.rows}")
     name = re.sub(r"[^\s=]*/", "", " ".join([options.name, *options.rows, *extra]))  # no folders
     folder = ROOT / "runs" / "experiments" / file_name(name)
-    folder.mkdir(parents=True, exist_ok=True)
     lock(folder)
     table = Table(experiment, jobs, folder, options.jobs)
     if options.keep and table.csv.exists():
@@ -263,18 +258,18 @@ def main(arguments: list[str] | None = None) -> int:
     for path in (table.csv, table.gz):
         if path.exists() and not options.keep:  # nobody loses hours by forgetting --continue
             path.replace(path.with_name(f"before-{path.name}"))
-    table.write()
+    table.write()  # without runs of other options
     chosen = table.run_all(range(FIRST_SEED, FIRST_SEED + options.seeds))
 
     runs = chosen.merge(table.runs)
     texts = runs[KEY].merge(table.texts)
     if len(runs):
         runs[COST] = runs[runs["jobs"] == 1].reindex(columns=COST)  # others disturb each other
-        margins, baselines = experiment.margins, read_baselines(runs)
-        text = report(runs, baselines, compare(runs, texts, experiment.comparisons, margins))
+        differences = compare(runs, texts, experiment.comparisons, experiment.margins)
+        text = report(runs, differences)
         write_text(f"{table.path}.md", text)
         print(text)
-        draw_experiment(f"{table.path}.png", runs, list(margins), baselines)
+        draw_experiment(f"{table.path}.png", runs, list(experiment.margins))
     return int(table.failed)
 
 

@@ -59,13 +59,8 @@ def draw_token_weights(axes: Axes, weights: pd.DataFrame) -> None:
     axes.set_ylabel("weight / mean")
 
 
-def draw_experiment(
-    path: str, runs: pd.DataFrame, metrics: list[str], baselines: pd.DataFrame
-) -> None:
-    """A point and its 95 % interval over seeds for every row and metric that was measured.
-
-    A dashed line is the last of the baselines, the regression on character n-grams.
-    """
+def draw_experiment(path: str, runs: pd.DataFrame, metrics: list[str]) -> None:
+    """A point and its 95 % interval over seeds for every row and metric that was measured."""
     runs = runs.groupby(["row", "seed"], sort=False).mean(numeric_only=True)  # over folds
     metrics = [name for name in metrics if name in runs.dropna(axis="columns", how="all")]
     rows = runs.index.unique("row")
@@ -77,10 +72,6 @@ def draw_experiment(
         axes.set(xlabel=axis_label(metric), ylim=(len(rows) - 0.5, -0.5))
         axes.locator_params(axis="x", nbins=4)
         axes.grid(axis="x", alpha=0.3)
-        if metric in baselines:
-            line = axes.axvline(baselines[metric].iloc[-1], color=ORANGE, linestyle="--")
-            place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "fontsize": 7}
-            axes.legend([line], [baselines.index[-1]], frameon=False, **place)
     figure.savefig(path, dpi=150)
 
 

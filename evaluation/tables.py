@@ -18,7 +18,6 @@ DIFFERENCE_COLUMNS += ["95 % CI over texts", "95 % CI over both", "margin", "ver
 NOTES = """Losses are in nats per token, or per pair; a sonnet counts by its share of the tokens.
 A verdict uses the interval over seeds and texts (for costs, over seeds) with Holm's correction for
 the rows of a metric and baseline. Times and memory are of runs with --jobs 1."""
-SOURCES = {"Shakespeare": "gold_", "random lines": "random_"}  # of texts without a model
 
 
 def metric_by_seed(runs: pd.DataFrame, texts: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -49,14 +48,11 @@ def compare(
         values = metric_by_seed(runs, texts, metric).loc[list(runs["row"].unique())]
         subtracted = values.query("row == @baseline").droplevel("row")
         by_row = values.sub(subtracted, level="seed").dropna().groupby("row", sort=False)
-        members = {
-            row: Difference(frame.to_numpy())
-            for row, frame in by_row
-            if row != baseline and re.match(pattern, row)
-        }
-        intervals = [d.over_seeds if metric in COST else d.over_both for d in members.values()]
+        rows = [row for row, _ in by_row if row != baseline and re.match(pattern, row)]
+        differences = [Difference(by_row.get_group(row).to_numpy()) for row in rows]
+        intervals = [d.over_seeds if metric in COST else d.over_both for d in differences]
         decided = verdicts(intervals, margins[metric])
-        for (row, difference), verdict in zip(members.items(), decided, strict=True):
+        for row, difference, verdict in zip(rows, differences, decided, strict=True):
             ends = (difference.over_seeds(), difference.over_texts(), difference.over_both())
             cells = [f"{difference.mean:+.3f}", *map(format_interval, ends), margins[metric] or ""]
             records.append([row, metric, baseline, *cells, verdict])
@@ -83,10 +79,9 @@ def markdown(table: pd.DataFrame) -> str:
     return table.to_markdown(disable_numparse=True, index=table.index.name is not None)
 
 
-def report(runs: pd.DataFrame, baselines: pd.DataFrame, differences: pd.DataFrame) -> str:
+def report(runs: pd.DataFrame, differences: pd.DataFrame) -> str:
     """The report in markdown."""
-    tables = (means_table(runs, baselines), differences)
-    shown = [markdown(table) for table in tables if len(table)]
+    shown = [markdown(table) for table in (means_table(runs), differences) if len(table)]
     commits = runs[["commit", "dtype"]].value_counts()
     counts = ", ".join(f"{count} of {' '.join(key)}" for key, count in commits.items())
     end = f"Runs by commit (+: edited code) and precision: {counts}.\n"
@@ -98,21 +93,17 @@ def read_baselines(runs: pd.DataFrame) -> pd.DataFrame:
     if "dataset" not in runs or runs["options"].str.contains("--para_").any():
         return pd.DataFrame()
     name = f"baselines-{runs['dataset'].iloc[0]}.csv"  # written by data/build/baselines.py
-    return pd.read_csv(ROOT / "results" / name, index_col="baseline")
+    return pd.read_csv(ROOT / "results" / name, index_col="baseline").map("{:.3f}".format)
 
 
-def means_table(runs: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
+def means_table(runs: pd.DataFrame) -> pd.DataFrame:
     """Mean and deviation over seeds of the main metrics; then baselines without a model."""
-    pooled = runs.groupby(["row", "seed"], sort=False).mean(numeric_only=True)  # over folds
-    means = pooled.filter(COLUMNS).dropna(axis="columns", how="all")
+    by_seed = runs.groupby(["row", "seed"], sort=False).mean(numeric_only=True)  # over folds
+    means = by_seed.filter(COLUMNS).dropna(axis="columns", how="all")
     table = means.groupby("row", sort=False).agg(format_values)
     by_row = runs.groupby("row")
     table["seeds"] = by_row["seed"].nunique().astype(str)
     if runs["chosen"].any():
         table["chosen"] = by_row["chosen"].agg(lambda names: "; ".join(names.unique()))
-    for label, source in SOURCES.items():
-        names = [name for name in means if source + name in pooled]
-        if names:
-            table.loc[label, names] = [format_values(pooled[source + name]) for name in names]
-    accuracies = baselines.filter(list(means)).map("{:.3f}".format)
+    accuracies = read_baselines(runs).filter(list(means))
     return pd.concat([table, accuracies]).rename_axis("row").fillna("")

@@ -27,7 +27,7 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # Settings of PEFT that are read here or do not change the result. The tensors say which layers are
 # adapted and with what rank, so patterns and exclusions of names need not be interpreted.
 KNOWN_SETTINGS = """
-    r lora_alpha lora_dropout rank_pattern alpha_pattern target_modules exclude_modules
+    r lora_alpha lora_dropout rank_pattern target_modules exclude_modules
     task_type peft_version auto_mapping base_model_name_or_path revision inference_mode
     fan_in_fan_out megatron_core qalora_group_size runtime_config ensure_weight_tying
 """.split()
@@ -43,10 +43,11 @@ def save_adapter(module: nn.Module, folder: str | Path) -> None:
     if not layers:
         raise InputError("the model has no LoRA adapters to save")
     config = next(iter(layers.values())).config
-    groups = {theirs: targeted(ours, config.targets) for theirs, ours in CONV1D_LAYERS.items()}
-    adapted = [theirs for theirs, names in groups.items() if names]
-    rank = config.rank * max(map(len, groups.values()))
-    tensors = {}
+    counts, tensors = {}, {}  # numbers of adapted linears by Hugging Face's name of the layer
+    for theirs, ours in CONV1D_LAYERS.items():
+        counts[theirs] = sum(f"layers.0.{name}" in layers for name in ours)
+    adapted = [theirs for theirs, count in counts.items() if count]
+    rank = config.rank * max(counts.values())
     for layer in range(gpt.config.n_layer):
         for theirs in adapted:
             parts = [layers.get(f"layers.{layer}.{name}") for name in CONV1D_LAYERS[theirs]]
@@ -71,11 +72,6 @@ def save_adapter(module: nn.Module, folder: str | Path) -> None:
     note = {"targets": config.targets, "rank": config.rank, "base_sha256": base_sha256(gpt)}
     # A second entry would make the file differ from run to run: their order is not fixed.
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"adapter": json.dumps(note)})
-
-
-def targeted(names: tuple[str, ...], targets: tuple[str, ...]) -> list[str]:
-    """Those of our names of linear layers that are targets of LoRA."""
-    return [name for name in names if name.rpartition(".")[2] in targets]
 
 
 def pad_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -140,7 +136,7 @@ def read_adapter(gpt: GPT2Model, folder: Path) -> tuple[LoRAConfig, Matrices]:
                 key = f"h.{layer}.{theirs}"
                 if f"{key}.lora_A.weight" in tensors:
                     a, b = (tensors.pop(f"{key}.lora_{part}.weight") for part in "AB")
-                    b = b * (alpha_of(key, settings) / len(a) / common)  # 1 but with patterns
+                    b = b * (settings["lora_alpha"] / len(a) / common)  # 1 but with rank_pattern
                     for name, pair in split_fused(a, b, ours, note).items():
                         matrices[f"layers.{layer}.{name}"] = pair
         names = {name.rpartition(".")[2] for name in matrices}
@@ -167,13 +163,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, note
 
 
-def alpha_of(layer: str, settings: dict[str, Any]) -> float:
-    """The alpha of one of PEFT's layers; alpha_pattern has regular expressions of name ends."""
-    patterns = settings.get("alpha_pattern") or {}
-    matching = (patterns[p] for p in patterns if re.fullmatch(rf"(.*\.)?({p})", layer))
-    return next(matching, settings["lora_alpha"])
-
-
 def split_fused(a: Tensor, b: Tensor, names: tuple[str, ...], note: dict[str, Any]) -> Matrices:
     """A and B of each of our linears in a fused layer.
 
@@ -182,7 +171,7 @@ def split_fused(a: Tensor, b: Tensor, names: tuple[str, ...], note: dict[str, An
     blocks = dict(zip(names, b.tensor_split(len(names)), strict=True))
     if not note:
         return {name: (a, block) for name, block in blocks.items()}
-    present = targeted(names, note["targets"])
+    present = [name for name in names if name.rpartition(".")[2] in note["targets"]]
     rank = note.get("rank", len(a) // len(present))  # older files are not padded
     pieces = zip(present, a.split(rank), strict=False)  # the rest is padding
     return {n: (piece, blocks[n].split(rank, 1)[i]) for i, (n, piece) in enumerate(pieces)}

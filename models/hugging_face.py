@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.modeling_utils import load_state_dict
@@ -50,11 +50,8 @@ def load(model: str | Path) -> GPT2Model:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         if len(tokenizer) < 2:  # what transformers makes of a folder without a tokenizer
             raise InputError("there is no tokenizer: expected tokenizer.json, or vocab.json")
-        theirs = read_config(folder)
-        settings = [theirs]
-        if (folder / "generation_config.json").is_file():
-            settings.append(transformers.GenerationConfig.from_pretrained(folder))
-        shape = theirs.to_dict() | {"eos_token_id": end_of_text(theirs, tokenizer)}
+        settings = read_config(folder)
+        shape = settings.to_dict() | {"eos_token_id": end_of_text(settings, tokenizer)}
         config = GPT2Config(**{name: shape[name] for name in GPT2Config.__annotations__})
         with torch.device("meta"):  # no random initialization
             gpt = GPT2Model(config)
@@ -66,8 +63,9 @@ def load(model: str | Path) -> GPT2Model:
 
 
 def find_model(model: str | Path) -> Path:
-    """The local folder of a size name or path. The hub's models are downloaded or in its cache.
+    """The local folder of a size name or path. The hub's models are downloaded into its cache.
 
+    A cached model is also found if the hub cannot be reached.
     Raises InputError if there is no such model.
     """
     if str(model) == "tiny":
@@ -76,9 +74,6 @@ def find_model(model: str | Path) -> Path:
         return Path(model)
     if str(model).removeprefix(HUB_ORGANIZATION) not in SIZES:
         raise InputError(f"{model} is neither one of tiny, {', '.join(SIZES)} nor a model folder")
-    cached = try_to_load_from_cache(str(model), "model.safetensors")
-    if isinstance(cached, str):  # without asking the hub, which may not be reachable
-        return Path(cached).parent
     ways = "use --model_size tiny or a model's folder, or set HF_HOME to a cache that has it"
     with input_errors(f"{model} is not in the local cache and cannot be downloaded; {ways}"):
         files = ["*.json", "merges.txt", "model.safetensors"]
@@ -97,13 +92,12 @@ def input_errors(failure: str) -> Iterator[None]:
 
 def read_config(folder: Path) -> transformers.GPT2Config:
     """The config.json of a folder; raises InputError for settings that are not implemented."""
-    given, _ = transformers.GPT2Config.get_config_dict(folder)
-    default = transformers.GPT2Config().to_dict()
+    config = transformers.AutoConfig.from_pretrained(folder)
+    given, implemented = config.to_dict(), transformers.GPT2Config().to_dict()
     for name in FIXED_SETTINGS:
-        value, implemented = given.get(name, default.get(name)), default.get(name)
-        if value != implemented:
-            raise InputError(f"config.json sets {name} to {value!r}, not {implemented!r}")
-    config = transformers.GPT2Config.from_dict(given)
+        if given.get(name) != implemented.get(name):
+            values = f"{given.get(name)!r}, not {implemented.get(name)!r}"
+            raise InputError(f"config.json sets {name} to {values}")
     config.architectures, config.dtype = ["GPT2LMHeadModel"], torch.float32  # as we save it
     return config
 
@@ -111,8 +105,8 @@ def read_config(folder: Path) -> transformers.GPT2Config:
 def end_of_text(config: transformers.GPT2Config, tokenizer: Any) -> int | None:
     """The first end of text in config.json, or else the tokenizer's, that has an embedding."""
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    known = [end for end in [*ends, tokenizer.eos_token_id] if end in range(config.vocab_size)]
-    return known[0] if known else None
+    candidates = [*ends, tokenizer.eos_token_id]
+    return next((end for end in candidates if end in range(config.vocab_size)), None)
 
 
 def read_weights(folder: Path, n_layer: int) -> dict[str, Tensor]:
@@ -156,13 +150,11 @@ def save(gpt: GPT2Model, folder: Path) -> None:
     if any(".lora_a." in name for name in state):
         raise InputError("the model has LoRA adapters: call merge_lora, or use save_adapter")
     for theirs, ours in tensor_names(gpt.config.n_layer).items():
-        parts = [state[name].cpu() for name in ours]
-        parts = [part.t() if ".c_" in theirs else part for part in parts]
-        tensors[f"transformer.{theirs}"] = torch.cat(parts, -1)
+        tensor = torch.cat([state[name].cpu() for name in ours])
+        tensors[f"transformer.{theirs}"] = tensor.t().contiguous() if ".c_" in theirs else tensor
     # A model that was not loaded has no settings.
     new = transformers.GPT2Config(**dataclasses.asdict(gpt.config), bos_token_id=end)
-    for settings in gpt.settings or [new]:
-        settings.save_pretrained(folder)
+    (gpt.settings or new).save_pretrained(folder)
     if gpt.tokenizer is not None:
         gpt.tokenizer.save_pretrained(folder)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
