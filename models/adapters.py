@@ -27,7 +27,7 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # Settings of PEFT that are read here or do not change the result. The tensors say which layers are
 # adapted and with what rank, so patterns and exclusions of names need not be interpreted.
 KNOWN_SETTINGS = """
-    r lora_alpha lora_dropout rank_pattern target_modules exclude_modules
+    r lora_alpha lora_dropout rank_pattern alpha_pattern target_modules exclude_modules
     task_type peft_version auto_mapping base_model_name_or_path revision inference_mode
     fan_in_fan_out megatron_core qalora_group_size runtime_config ensure_weight_tying
 """.split()
@@ -136,7 +136,7 @@ def read_adapter(gpt: GPT2Model, folder: Path) -> tuple[LoRAConfig, Matrices]:
                 key = f"h.{layer}.{theirs}"
                 if f"{key}.lora_A.weight" in tensors:
                     a, b = (tensors.pop(f"{key}.lora_{part}.weight") for part in "AB")
-                    b = b * (settings["lora_alpha"] / len(a) / common)  # 1 but with rank_pattern
+                    b = b * (alpha_of(key, settings) / len(a) / common)  # 1 but with patterns
                     for name, pair in split_fused(a, b, ours, note).items():
                         matrices[f"layers.{layer}.{name}"] = pair
         names = {name.rpartition(".")[2] for name in matrices}
@@ -161,6 +161,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not tensor.isfinite().all():
             raise InputError(f"{name} is not finite; train the adapter again")
     return tensors, note
+
+
+def alpha_of(layer: str, settings: dict[str, Any]) -> float:
+    """The alpha of one of PEFT's layers; alpha_pattern has regular expressions of name ends."""
+    patterns = settings.get("alpha_pattern") or {}
+    matching = (patterns[p] for p in patterns if re.fullmatch(rf"(.*\.)?({p})", layer))
+    return next(matching, settings["lora_alpha"])
 
 
 def split_fused(a: Tensor, b: Tensor, names: tuple[str, ...], note: dict[str, Any]) -> Matrices:
