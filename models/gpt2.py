@@ -23,7 +23,7 @@ class GPT2Model(nn.Module):
         self.gradient_checkpointing = False
         self.name: str | None = None  # a size name or folder, with which others load this model
         self.tokenizer: Any = None  # of transformers, from the same folder
-        self.settings: Any = None  # transformers' configuration, which is saved with the weights
+        self.settings: Any = None  # transformers' configurations, which are saved with the weights
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.position_embedding = nn.Embedding(config.n_positions, config.n_embd)
         self.dropout = nn.Dropout(config.embd_pdrop)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.modeling_utils import load_state_dict
@@ -50,8 +50,11 @@ def load(model: str | Path) -> GPT2Model:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         if len(tokenizer) < 2:  # what transformers makes of a folder without a tokenizer
             raise InputError("there is no tokenizer: expected tokenizer.json, or vocab.json")
-        settings = read_config(folder)
-        shape = settings.to_dict() | {"eos_token_id": end_of_text(settings, tokenizer)}
+        theirs = read_config(folder)
+        settings = [theirs]
+        if (folder / "generation_config.json").is_file():
+            settings.append(transformers.GenerationConfig.from_pretrained(folder))
+        shape = theirs.to_dict() | {"eos_token_id": end_of_text(theirs, tokenizer)}
         config = GPT2Config(**{name: shape[name] for name in GPT2Config.__annotations__})
         with torch.device("meta"):  # no random initialization
             gpt = GPT2Model(config)
@@ -63,9 +66,8 @@ def load(model: str | Path) -> GPT2Model:
 
 
 def find_model(model: str | Path) -> Path:
-    """The local folder of a size name or path. The hub's models are downloaded into its cache.
+    """The local folder of a size name or path. The hub's models are downloaded or in its cache.
 
-    A cached model is also found if the hub cannot be reached.
     Raises InputError if there is no such model.
     """
     if str(model) == "tiny":
@@ -74,6 +76,9 @@ def find_model(model: str | Path) -> Path:
         return Path(model)
     if str(model).removeprefix(HUB_ORGANIZATION) not in SIZES:
         raise InputError(f"{model} is neither one of tiny, {', '.join(SIZES)} nor a model folder")
+    cached = try_to_load_from_cache(str(model), "model.safetensors")
+    if isinstance(cached, str):  # without asking the hub, which may not be reachable
+        return Path(cached).parent
     ways = "use --model_size tiny or a model's folder, or set HF_HOME to a cache that has it"
     with input_errors(f"{model} is not in the local cache and cannot be downloaded; {ways}"):
         files = ["*.json", "merges.txt", "model.safetensors"]
@@ -154,7 +159,8 @@ def save(gpt: GPT2Model, folder: Path) -> None:
         tensors[f"transformer.{theirs}"] = tensor.t().contiguous() if ".c_" in theirs else tensor
     # A model that was not loaded has no settings.
     new = transformers.GPT2Config(**dataclasses.asdict(gpt.config), bos_token_id=end)
-    (gpt.settings or new).save_pretrained(folder)
+    for settings in gpt.settings or [new]:
+        settings.save_pretrained(folder)
     if gpt.tokenizer is not None:
         gpt.tokenizer.save_pretrained(folder)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -87,6 +87,7 @@ def added_pad(path):
 
 
 ALIASES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SAMPLING = {"do_sample": True, "top_k": 3, "eos_token_id": [5, 6]}
 # Changes to the folder that transformers has saved; each gives one form that has to load
 FORMS = {
     "sharded": sharded,
@@ -101,6 +102,7 @@ FORMS = {
     "heads and epsilon": config(n_head=2, layer_norm_epsilon=1e-3, n_inner=128, note="caf\u00e9"),
     "vocab and merges": vocab_and_merges,
     "added pad": added_pad,
+    "generation": lambda path: change_json(path / "generation_config.json", **SAMPLING),
 }
 
 
@@ -140,6 +142,7 @@ def test_every_folder_that_transformers_loads_loads_and_is_saved(path, ids, form
     for name in ("_name_or_path", "architectures", "dtype", "transformers_version"):
         del settings[0][name], settings[1][name]
     assert settings[0] == settings[1]
+    assert again.generation_config.to_dict() == theirs.generation_config.to_dict()
     twice = GPT2Model.from_pretrained(saved)
     assert twice.config == gpt.config
     twice.save_pretrained(path.with_name("twice"))
