@@ -57,7 +57,7 @@ OPTIONS = [
     (BOTH, "--dtype=float16", "--dtype float16 needs CUDA; use auto"),
     (BOTH, "--device=tpu", "there is no device tpu here; --device is auto, cpu or cuda:N"),
     (BOTH, "--device=cuda:99", "there is no device cuda:99 here"),
-    (BOTH, "--use_gpu", "there is no device cuda here"),
+    (BOTH, "--use_gpu", "there is no device cuda:0 here"),
     (BOTH, "--model_size=gpt3", "gpt3 is neither one of tiny, gpt2, .* nor a model folder"),
     (BOTH, "--out_dir={}/file/below", "below is a file, or another process writes it"),
     ("sonnets", "--temperature=-1", "temperature must be at least 0 and below inf, not -1.0"),
@@ -138,8 +138,7 @@ def test_incomplete_data_sets(tmp_path, monkeypatch, capsys):
 
 FAULTS = [
     (KeyboardInterrupt(), 130, "stopped; --resume continues a run, and --continue a table"),
-    (torch.OutOfMemoryError("CUDA out of memory"), 1, "error: out of memory; use a smaller"),
-    (MemoryError(), 1, "error: out of memory; use a smaller"),
+    (torch.OutOfMemoryError("CUDA out of memory"), 1, "error: CUDA out of memory; saved files"),
     (FloatingPointError("loss nan"), 1, "error: loss nan; saved files are intact"),
     (OSError(errno.ENOSPC, "No space", "f"), 1, "error: [Errno 28] No space: 'f'; saved files are"),
 ]

@@ -114,9 +114,7 @@ class Trainer:
         if distributed.world_size() > 1:
             torch.distributed.all_reduce(loss_sum)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
-        if self.config.max_grad_norm:
-            nn.utils.clip_grads_with_norm_(self.trained, self.config.max_grad_norm, norm)
+        norm = nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.scaler.step(self.optimizer)

@@ -106,10 +106,8 @@ def choose_hardware(name: str = "auto", dtype: str = "auto") -> Hardware:
     else float32. Raises InputError for a device that is not there.
     """
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if name == "auto":
-        name = "cuda" if gpus else "cpu"
-    if name == "cuda" and gpus:
-        name = gpus[0]
+    names = {"auto": gpus[0] if gpus else "cpu", "cuda": "cuda:0"}
+    name = names.get(name, name)
     if name not in ("cpu", *gpus):
         raise InputError(f"there is no device {name} here; --device is auto, cpu or cuda:N")
     device = distributed.init(torch.device(name))
@@ -141,10 +139,7 @@ def exit_cleanly() -> Iterator[None]:
         code, message = 130, "stopped; --resume continues a run, and --continue a table"
     except InputError as error:
         code, message = 2, f"error: {error}"
-    except (OSError, FloatingPointError) as error:
+    except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         code, message = 1, f"error: {error}; saved files are intact (--resume continues)"
-    except (torch.OutOfMemoryError, MemoryError):
-        advice = "a smaller --batch_size, --gradient_checkpointing, --use_lora or fewer --prompts"
-        code, message = 1, f"error: out of memory; use {advice}"
     print(" ".join(message.splitlines()), file=sys.stderr)
     sys.exit(code)
