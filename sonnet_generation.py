@@ -79,7 +79,8 @@ def main(options: Namespace) -> None:
     metrics = {f"base_{name}": value for name, value in base.items()} | metrics
     for split in ("dev", "test"):
         frame = sonnets[split]
-        texts = generate(model, prompts_of(frame), options, hardware, max_lines=0)
+        prompts = frame["text"].map(sonnet_prompt).tolist()
+        texts = generate(model, prompts, options, hardware, max_lines=0)
         if split in datasets:
             metrics |= sonnet_metrics(split, texts, frame["text"], sonnets["train"]["text"])
     print(f"\na continued sonnet\n{first_lines(texts[0].text, options.max_lines)}")
@@ -91,11 +92,6 @@ def main(options: Namespace) -> None:
 def is_complete(sonnets: pd.DataFrame) -> bool:
     """Whether all sonnets have lines after the prompt."""
     return sonnets["text"].map(continuation).ne("").all()
-
-
-def prompts_of(sonnets: pd.DataFrame) -> list[str]:
-    """The given lines of each sonnet."""
-    return sonnets["text"].map(sonnet_prompt).tolist()
 
 
 def generate(
@@ -112,12 +108,12 @@ def generate(
 def generate_only(options: Namespace, hardware: opt.Hardware) -> None:
     """Continue the prompts, or else the test sonnets, with a saved model or adapter."""
     model = SonnetGPT(load_model(options.generate)).to(hardware.device)
+    sonnets = read_sonnets(options.held_out_sonnet_path)
+    prompts = options.prompt or sonnets["text"].map(sonnet_prompt).tolist()
+    texts = generate(model, prompts, options, hardware, options.max_lines)
     if options.prompt:
-        texts = generate(model, options.prompt, options, hardware, options.max_lines)
         print("\n\n".join(text for text, _ in texts))
     else:
-        sonnets = read_sonnets(options.held_out_sonnet_path)
-        texts = generate(model, prompts_of(sonnets), options, hardware, options.max_lines)
         text = format_sonnets(sonnets, texts, options.max_lines)
         setup.write_outputs({options.sonnet_out: text})
 

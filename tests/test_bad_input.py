@@ -54,7 +54,6 @@ def stop(task, given, capsys):
 OPTIONS = [
     (BOTH, "--dropout=1", "dropout must be at least 0 and below 1, not 1.0"),
     (BOTH, "--lr=nan", "lr must be at least 1e-12 and below 1000, not nan"),
-    (BOTH, "--dtype=float16", "--dtype float16 needs CUDA; use auto"),
     (BOTH, "--device=tpu", "there is no device tpu here; --device is auto, cpu or cuda:N"),
     (BOTH, "--device=cuda:99", "there is no device cuda:99 here"),
     (BOTH, "--use_gpu", "there is no device cuda:0 here"),

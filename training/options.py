@@ -114,8 +114,6 @@ def choose_hardware(name: str = "auto", dtype: str = "auto") -> Hardware:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # or pinned memory and precision would ask the first GPU
         is_fast, slow = torch.cuda.is_bf16_supported(including_emulation=False), torch.float16
-    elif dtype == "float16":
-        raise InputError("--dtype float16 needs CUDA; use auto, bfloat16 or float32")
     else:
         # torch has no public function for this; emulation takes several times as long
         is_fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
