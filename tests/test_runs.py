@@ -33,15 +33,12 @@ def test_a_named_folder_is_used_once(tmp_path):
     assert (tmp_path / "a" / "config.json").read_bytes() == before
 
 
-def test_a_repeated_command_has_a_folder_of_its_own(tmp_path, monkeypatch):
-    """--resume continues the last of them."""
+def test_a_run_has_a_folder_in_runs(tmp_path, monkeypatch):
+    """A second run with the same name needs --resume or --out_dir."""
     monkeypatch.chdir(tmp_path)
-    assert [start(resume=resume).name for resume in (True, False, False)] == [
-        "a",
-        "a-2",
-        "a-3",
-    ]
-    assert start(resume=True) == Path("runs/task/a-3")
+    assert start() == start(resume=True) == Path("runs/task/a")
+    with pytest.raises(InputError, match="holds a run"):
+        start()
     assert start(name="b") == Path("runs/task/b")
 
 

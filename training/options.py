@@ -57,7 +57,7 @@ def task_parser(description: str | None, **defaults: Any) -> ArgumentParser:
     add("--plain", action="store_true", help="without the faster parts of speed/: the same result")
     add = parser.add_argument_group("run folder").add_argument
     add("--out_dir", metavar="DIR", help="folder of the run; default in runs/")
-    add("--resume", action="store_true", help="continue the last run with these options")
+    add("--resume", action="store_true", help="continue the run in this folder")
     parser.set_defaults(method="full", lr=None, **defaults)
     return parser
 

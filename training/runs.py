@@ -33,9 +33,7 @@ def open_run(task: str, name: str, settings: dict[str, Any]) -> Path:
     `resumed` lists the commits that it had before. Raises InputError for a folder with another run,
     or one that another process is writing.
     """
-    folder = choose_folder(Path("runs", task), name, settings["resume"])
-    if settings["out_dir"]:
-        folder = Path(settings["out_dir"])
+    folder = Path(settings["out_dir"] or Path("runs", task, name))
     lock(folder)
     for leftover in folder.glob(".*.tmp"):  # of a process that was killed
         shutil.rmtree(leftover)
@@ -52,14 +50,6 @@ def open_run(task: str, name: str, settings: dict[str, Any]) -> Path:
         config["resumed"] = [*old.get("resumed", []), old["commit"]]
     write_json(path, config)
     return folder
-
-
-def choose_folder(parent: Path, name: str, resume: bool) -> Path:
-    """The first free folder of name, name-2, ...; to resume, the last one that holds a run."""
-    folders = [parent / name]
-    while (folders[-1] / "config.json").exists():
-        folders.append(parent / f"{name}-{len(folders) + 1}")
-    return folders[-2] if resume and len(folders) > 1 else folders[-1]
 
 
 def lock(folder: Path) -> None:
