@@ -27,7 +27,7 @@ from training.runs import write_csv
 
 TINY_RATES = {"full": 5e-4, "lora": 2e-3}  # chosen on dev, see data/README.md
 DEFAULTS = {"epochs": 3, "batch_size": 16, "schedule": "linear", "warmup": 0.06}
-DEFAULTS |= {"max_grad_norm": 1.0}
+DEFAULTS |= {"max_grad_norm": 1.0, "task": "paraphrases"}
 REPORT = {"model_size": "gpt2", "pair_encoding": "joint", "dataset": "quora", "patience": 3}
 REPORT |= {"batch_size": 8, "schedule": "constant", "warmup": 0.0, "max_grad_norm": 0.0}
 DATASETS = {
@@ -42,7 +42,8 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     add = parser.add_argument_group("pairs").add_argument
     add("--pooling", default="last", choices=POOLINGS, help="how hidden states become one vector")
     add("--pair_encoding", choices=("joint", "separate"), help="one prompt, or two (for tiny)")
-    add("--freeze_gpt", action="store_true", help="train only pooling and head, GPT-2 in eval mode")
+    words = "train only pooling and head, GPT-2 in eval mode"
+    add("--freeze_gpt", action="store_const", dest="method", const="frozen", help=words)
     add("--dataset", default="verses", choices=DATASETS, help="quora: see data/download_quora.py")
     for split in ("train", "dev", "test"):
         add(f"--para_{split}", metavar="FILE", help=f"{split} pairs, instead of all of --dataset")
@@ -53,16 +54,11 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     add("--pair", nargs=2, action="append", metavar="TEXT", help="texts for --predict, not files")
     add("--score", metavar="FILE", help="no model: metrics of predictions for --para_dev")
     options = opt.parse(parser, arguments, REPORT, TINY_RATES)
-    if options.freeze_gpt and options.method == "lora":
-        raise InputError("--use_lora trains GPT-2 and --freeze_gpt does not; remove one of them")
-    if options.freeze_gpt:
-        options.method = "frozen"
     if options.pair_encoding is None:  # tiny hardly learns to compare texts within a prompt
         options.pair_encoding = "separate" if opt.is_tiny(options.model_size) else "joint"
     if not (options.para_train or options.para_dev or options.para_test):
         for split, name in DATASETS[options.dataset].items():
             vars(options)[f"para_{split}"] = str(ROOT / "data" / name)
-    setup.check_outputs(options, "para_dev_out", "para_test_out")
     return options
 
 
@@ -79,29 +75,26 @@ def main(options: Namespace) -> None:
     # Data, model and method
     model = load_classifier(options)
     setup.prepare(model, options, hardware)
-    datasets = {split: load_pairs(options, split, model) for split in ("train", "dev", "test")}
-    variant = (model.settings["pooling"], model.settings["pair_encoding"])
-    run = setup.open_run("paraphrases", variant, model, options, hardware)
+    splits = ("train", "dev", "test")
+    datasets = {split: load_pairs(read_split(options, split), split, model) for split in splits}
+    run = setup.make_folder(tuple(model.settings.values()), model, options, hardware)
 
     # Training
     measure = partial(setup.evaluate, pair_metrics, hardware)
     train, dev = datasets.pop("train"), {"dev": datasets["dev"]}
     task = Task(train, lambda: measure(model, dev)[0], model.save_pretrained, "dev_accuracy")
-    setup.train(model, task, options, run, hardware)
+    summary = setup.train(model, task, options, run, hardware)
 
     # The best model: its metrics and predictions
     if options.epochs:
-        model = ParaphraseGPT.from_pretrained(run.best).to(hardware.device)
+        model = ParaphraseGPT.from_pretrained(run / "best").to(hardware.device)
     metrics, results = measure(model, datasets)
     metrics = {"dataset": options.dataset, **model.settings, **metrics}
     per_text = results.dropna(subset="loss").astype({"label": int})
-    usage = f'python paraphrase_detection.py --predict {run.folder}/best --pair "one" "another"'
+    usage = f'python paraphrase_detection.py --predict {run}/best --pair "one" "another"'
     outputs = format_predictions(options, datasets, results)
-    setup.finish_run(run, metrics, per_text, outputs, usage)
-    weights = token_weights(model.cpu(), datasets["dev"])
-    if weights is not None:
-        write_csv(run.folder / "attention.csv", weights)
-        draw_attention(run.folder / "attention.png", weights, f"token weights, {run.title}")
+    setup.finish_run(run, summary, (metrics, per_text), outputs, usage)
+    write_attention(run, model, datasets["dev"])
 
 
 def load_classifier(options: Namespace) -> ParaphraseGPT:
@@ -111,12 +104,12 @@ def load_classifier(options: Namespace) -> ParaphraseGPT:
     return ParaphraseGPT(load_model(options.model_size), options.pooling, options.pair_encoding)
 
 
-def load_pairs(options: Namespace, split: str, model: ParaphraseGPT) -> PairsDataset:
-    """The pairs of a split as tokens; prints which are skipped or truncated."""
-    data = PairsDataset(read_split(options, split), model.gpt, model.settings["pair_encoding"])
+def load_pairs(pairs: pd.DataFrame, name: str, model: ParaphraseGPT) -> PairsDataset:
+    """Pairs as tokens; prints how many are skipped or truncated, and their lines."""
+    data = PairsDataset(pairs, model.gpt, model.settings["pair_encoding"])
     for problem, lines in (("skipped", data.skipped_lines), ("truncated", data.truncated_lines)):
         if lines:
-            print(f"note: {len(lines)} {split} pairs are {problem}: lines {lines[:9]}")
+            print(f"note: {len(lines)} {name} pairs are {problem}: lines {lines[:9]}")
     return data
 
 
@@ -143,7 +136,7 @@ def format_predictions(
         answers = frame.set_index("id")["predicted"].reindex(datasets[split].all_ids, fill_value=0)
         lines = [f"{name}, {answer} \n" for name, answer in answers.items()]
         text = "id \t Predicted_Is_Paraphrase \n" + "".join(lines)
-        outputs[f"para-{split}-output.csv"] = vars(options)[f"para_{split}_out"], text
+        outputs[vars(options)[f"para_{split}_out"]] = text
     return outputs
 
 
@@ -164,41 +157,37 @@ def predict_only(options: Namespace, hardware: opt.Hardware) -> None:
     """Classify --pair, or else the given files or dev and test pairs, with a saved model."""
     model = ParaphraseGPT.from_pretrained(options.predict).to(hardware.device)
     if options.pair:
-        answer_pairs(options.pair, model, hardware)
-        return
-    splits = [split for split in ("dev", "test") if vars(options)[f"para_{split}"]]
-    datasets = {split: load_pairs(options, split, model) for split in splits}
+        frames = {"given": make_pairs(options.pair)}
+    else:
+        splits = [split for split in ("dev", "test") if vars(options)[f"para_{split}"]]
+        frames = {split: read_split(options, split) for split in splits}
+    datasets = {name: load_pairs(frame, name, model) for name, frame in frames.items()}
     metrics, results = setup.evaluate(pair_metrics, hardware, model, datasets)
-    setup.write_outputs(format_predictions(options, datasets, results))
+    if options.pair:
+        for pair in results.merge(frames["given"], on="id").itertuples():
+            answer = f"{ANSWERS[pair.predicted]} (probability of yes {pair.probability:.3f})"
+            print(f"{answer}: {pair.sentence1} | {pair.sentence2}")
+    else:
+        setup.write_outputs(format_predictions(options, datasets, results))
     if metrics:
         print(metrics_table(metrics))
 
 
-def answer_pairs(pairs: list[list[str]], model: ParaphraseGPT, hardware: opt.Hardware) -> None:
-    """Print whether the texts of each pair mean the same."""
-    dataset = PairsDataset(make_pairs(pairs), model.gpt, model.settings["pair_encoding"])
-    if dataset.skipped_lines:
-        raise InputError("--pair has an empty text; give two texts")
-    _, results = setup.evaluate(pair_metrics, hardware, model, {"pairs": dataset})
-    for texts, result in zip(pairs, results.itertuples(), strict=True):
-        probability = max(result.probability, 1 - result.probability)
-        print(f"{ANSWERS[result.predicted]} (probability {probability:.3f}): {' | '.join(texts)}")
-
-
 @torch.no_grad()
-def token_weights(model: ParaphraseGPT, dataset: PairsDataset) -> pd.DataFrame | None:
-    """`pair`, `token` and its `weight` by a learned pooling (1 is the mean); None without one."""
-    records = []
-    for index in range(len(dataset.ids))[:EXAMPLES]:
-        batch = dataset.collate([index])
-        weights = model.token_weights(batch["input_ids"], batch["attention_mask"])
-        if weights is None:
-            return None
-        for text, row in zip(dataset.texts[index], weights.flatten(0, -2).tolist(), strict=True):
-            for token, weight in zip(text.tolist(), row, strict=False):  # the rest is padding
-                word = model.gpt.tokenizer.decode([token])
-                records.append((dataset.ids[index], word, weight * len(text)))
-    return pd.DataFrame(records, columns=["pair", "token", "weight"])
+def write_attention(run: Path, model: ParaphraseGPT, dataset: PairsDataset) -> None:
+    """Write and plot how a learned pooling weights the tokens of the first pairs; 1 is the mean."""
+    batch = dataset.collate(list(range(len(dataset.ids)))[:EXAMPLES])
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    weights = model.cpu().token_weights(ids, mask)
+    if weights is None:
+        return
+    weights = weights * mask.sum(-1, keepdim=True)
+    places = mask.nonzero(as_tuple=True)  # of the tokens
+    table = pd.DataFrame({"pair": [dataset.ids[index] for index in places[0]]})
+    table["token"] = model.gpt.tokenizer.batch_decode(ids[places][:, None])
+    table["weight"] = weights[places].numpy()
+    write_csv(run / "attention.csv", table)
+    draw_attention(run / "attention.png", table, f"token weights, {run.name}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ python sonnet_generation.py --generate runs/.../best --prompt "Shall I compare t
 
 from argparse import Namespace
 from functools import partial
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -26,26 +25,23 @@ from training.loop import Task
 
 TINY_RATES = {"full": 1e-4, "lora": 1e-3}  # chosen on dev, see data/README.md
 REPORT = {"model_size": "gpt2", "epochs": 10, "batch_size": 8, "patience": 3, "temperature": 1.2}
-OUTPUTS = {"dev": "generated_dev_sonnets.txt", "test": "generated_sonnets.txt"}
 FILES = {"train": "sonnet_path", "dev": "dev_sonnet_path", "test": "held_out_sonnet_path"}
 
 
 def parse_options(arguments: list[str] | None = None) -> Namespace:
-    parser = opt.task_parser(__doc__, patience=3)
+    parser = opt.task_parser(__doc__, task="sonnets", patience=3)
     opt.add_options(parser, SamplingConfig, "generation")
     add = parser.add_argument_group("sonnets").add_argument
     for split, name in FILES.items():
         path = str(ROOT / "data" / f"Shakespeare_Sonnets_{split}.csv")
         add(f"--{name}", default=path, metavar="FILE", help=f"{split} sonnets, .csv or numbered")
-    output = f"predictions/{OUTPUTS['test']}"
-    add("--sonnet_out", default=output, metavar="FILE", help="the continued test sonnets")
+    path = "predictions/generated_sonnets.txt"
+    add("--sonnet_out", default=path, metavar="FILE", help="the continued test sonnets")
     add("--generate", metavar="DIR", help="continue test sonnets with a model, adapter or best/")
     add("--prompt", action="append", metavar="TEXT", help="with --generate: continue this instead")
-    add("--num_samples", type=int, default=1, metavar="N", help="continuations of each --prompt")
     add("--score", metavar="FILE", help="no model: metrics of generated sonnets against test")
     options = opt.parse(parser, arguments, REPORT, TINY_RATES)
     opt.from_options(SamplingConfig, options)  # or bad values would be found after training
-    setup.check_outputs(options, "sonnet_out")
     return options
 
 
@@ -67,41 +63,35 @@ def main(options: Namespace) -> None:
     model = SonnetGPT(load_model(options.model_size))
     setup.prepare(model, options, hardware)
     datasets = {split: SonnetsDataset(sonnets[split], model.gpt) for split in splits}
-    run = setup.open_run("sonnets", (), model, options, hardware)
+    run = setup.make_folder((), model, options, hardware)
 
     # Training
     measure = partial(setup.evaluate, language_model_metrics, hardware)
     save = partial(save_adapter, model) if options.method == "lora" else model.gpt.save_pretrained
     task = Task(datasets.pop("train"), lambda: measure(model, {"dev": datasets["dev"]})[0], save)
     base, _ = measure(model, datasets)
-    setup.train(model, task, options, run, hardware)
+    summary = setup.train(model, task, options, run, hardware)
 
     # The best model: its losses, and sonnets that it continues
     if options.epochs:
-        model = SonnetGPT(load_model(run.best)).to(hardware.device)
+        model = SonnetGPT(load_model(run / "best")).to(hardware.device)
     metrics, losses = measure(model, datasets)
     metrics = {f"base_{name}": value for name, value in base.items()} | metrics
-    dev_out = str(Path(options.sonnet_out).with_name(OUTPUTS["dev"]))
-    outputs, paths = {}, {"dev": dev_out, "test": options.sonnet_out}
-    for split, name in OUTPUTS.items():
+    for split in ("dev", "test"):
         frame = sonnets[split]
-        texts = generate(model, prompts_of(frame), options, hardware, max_lines=0)
-        outputs[name] = paths[split], format_sonnets(frame, texts, options.max_lines)
+        prompts = frame["text"].map(sonnet_prompt).tolist()
+        texts = generate(model, prompts, options, hardware, max_lines=0)
         if split in datasets:
             metrics |= sonnet_metrics(split, texts, frame["text"], sonnets["train"]["text"])
-    print_preview(sonnets["test"], texts, options.max_lines)
-    usage = f'python sonnet_generation.py --generate {run.folder}/best --prompt "Shall I"'
-    setup.finish_run(run, metrics, losses, outputs, usage)
+    print(f"\na continued sonnet\n{first_lines(texts[0].text, options.max_lines)}")
+    outputs = {options.sonnet_out: format_sonnets(sonnets["test"], texts, options.max_lines)}
+    usage = f'python sonnet_generation.py --generate {run}/best --prompt "Shall I"'
+    setup.finish_run(run, summary, (metrics, losses), outputs, usage)
 
 
 def is_complete(sonnets: pd.DataFrame) -> bool:
     """Whether all sonnets have lines after the prompt."""
     return sonnets["text"].map(continuation).ne("").all()
-
-
-def prompts_of(sonnets: pd.DataFrame) -> list[str]:
-    """The given lines of each sonnet."""
-    return sonnets["text"].map(sonnet_prompt).tolist()
 
 
 def generate(
@@ -118,15 +108,14 @@ def generate(
 def generate_only(options: Namespace, hardware: opt.Hardware) -> None:
     """Continue the prompts, or else the test sonnets, with a saved model or adapter."""
     model = SonnetGPT(load_model(options.generate)).to(hardware.device)
+    sonnets = read_sonnets(options.held_out_sonnet_path)
+    prompts = options.prompt or sonnets["text"].map(sonnet_prompt).tolist()
+    texts = generate(model, prompts, options, hardware, options.max_lines)
     if options.prompt:
-        prompts = options.prompt * options.num_samples
-        texts = generate(model, prompts, options, hardware, options.max_lines)
         print("\n\n".join(text for text, _ in texts))
     else:
-        sonnets = read_sonnets(options.held_out_sonnet_path)
-        texts = generate(model, prompts_of(sonnets), options, hardware, options.max_lines)
         text = format_sonnets(sonnets, texts, options.max_lines)
-        setup.write_outputs({OUTPUTS["test"]: (options.sonnet_out, text)})
+        setup.write_outputs({options.sonnet_out: text})
 
 
 def score(options: Namespace) -> dict[str, float]:
@@ -147,14 +136,6 @@ def format_sonnets(sonnets: pd.DataFrame, texts: list[Continuation], max_lines: 
     numbered = zip(sonnets["id"], texts, strict=True)
     blocks = [f"\n{number}\n\n{first_lines(text, max_lines)}\n" for number, (text, _) in numbered]
     return "--Generated Sonnets--\n\n" + "".join(blocks)
-
-
-def print_preview(sonnets: pd.DataFrame, texts: list[Continuation], max_lines: int) -> None:
-    """Print the first two sonnets; a bar marks generated lines."""
-    for sonnet, (text, _) in zip(sonnets.head(2).itertuples(), texts, strict=False):
-        prompt = sonnet_prompt(sonnet.text)
-        new = first_lines(text, max_lines).removeprefix(prompt).replace("\n", "\n| ")
-        print(f"\nsonnet {sonnet.id}, continued\n{prompt}| {new}")
 
 
 if __name__ == "__main__":

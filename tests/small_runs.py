@@ -45,10 +45,12 @@ def arguments(root, kind, out, *more):
     if task == "sonnets":
         names = ("sonnet_path", "dev_sonnet_path", "held_out_sonnet_path")
         given = [f"--{name}={root / 'sonnets.txt'}" for name in names]
-        given += [f"--sonnet_out={out}.txt", "--max_new_tokens=4"]
+        given += [f"--sonnet_out={out}-out/generated_sonnets.txt", "--max_new_tokens=4"]
     else:
         given = [f"--para_{split}={root / 'pairs.csv'}" for split in ("train", "dev", "test")]
-        given += [f"--para_{split}_out={out}-{split}.csv" for split in ("dev", "test")]
+        given += [
+            f"--para_{split}_out={out}-out/para-{split}-output.csv" for split in ("dev", "test")
+        ]
         given += ["--pooling=generalized"]
     if method == "lora":
         given.append("--use_lora")
@@ -86,6 +88,6 @@ def outcome(out):
     contents["metrics.csv"] = metrics.drop(columns=TIMES, errors="ignore").to_csv()
     summary = json.loads(contents["summary.json"])
     contents["summary.json"] = {name: summary[name] for name in summary.keys() - set(TIMES)}
-    card = contents["best/README.md"].decode().replace(str(out), "RUN")
+    card = contents["best/README.md"].decode().replace(str(out), "RUN").replace(out.name, "RUN")
     contents["best/README.md"] = re.sub(rf"\| ({'|'.join(TIMES)}) +\|.*", "", card)
     return contents

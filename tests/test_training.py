@@ -15,7 +15,7 @@ from models.sonnet_gpt import SonnetGPT
 from training import loop
 from training.loop import Task, Trainer, learning_rate, make_optimizer
 from training.options import Hardware
-from training.runs import Run
+from training.runs import open_run
 
 
 class Toy(nn.Linear):
@@ -59,14 +59,14 @@ def fit(path, dev=(1.0,), values=(1.0, 2.0, 4.0), factors=(), dtype=torch.float3
     metric, resume = settings.pop("metric", "dev_loss"), settings.pop("resume", False)
     options = {"out_dir": str(path), "resume": resume}
     config = TrainConfig(**{"epochs": len(dev), "lr": 0.1, "batch_size": 2} | settings)
-    result = Run("toy", "toy", options)
+    result = open_run("toy", "toy", options)
     task = Task(Values(values), evaluate, save, metric)
     Trainer(model, task, config, result, Hardware(torch.device("cpu"), dtype)).train()
     return result, weights
 
 
 def state_of(result):
-    return torch.load(result.folder / "state.pt")
+    return torch.load(result / "state.pt")
 
 
 BEST = [
@@ -79,7 +79,7 @@ BEST = [
 @pytest.mark.parametrize(("dev", "metric", "best"), BEST)
 def test_the_best_model_is_saved_not_the_last(tmp_path, dev, metric, best):
     result, weights = fit(tmp_path, dev, metric=metric)
-    assert float((result.best / "weight").read_text()) == weights[best - 1]
+    assert float((result / "best" / "weight").read_text()) == weights[best - 1]
 
 
 @pytest.mark.parametrize(("patience", "epochs"), [(0, 7), (1, 3), (2, 6), (3, 7)])
@@ -92,10 +92,10 @@ def test_patience_counts_epochs_without_a_better_result(tmp_path, capsys, patien
 def test_the_train_loss_is_a_mean_over_targets(tmp_path):
     """At w = 0 the batches' losses are 2.5 (two targets) and 16 (one): 21 / 3, not 18.5 / 2."""
     result, _ = fit(tmp_path, lr=1e-9)
-    [epoch] = pd.read_csv(result.folder / "metrics.csv").to_dict("records")
+    [epoch] = pd.read_csv(result / "metrics.csv").to_dict("records")
     assert epoch["train_loss"] == pytest.approx(7.0)
     assert (epoch["epoch"], epoch["skipped_steps"]) == (1, 0)
-    steps = pd.read_csv(result.folder / "steps.csv")
+    steps = pd.read_csv(result / "steps.csv")
     assert steps["learning_rate"].tolist() == [1e-9, 1e-9]
     assert steps[["epoch", "step", "targets"]].values.tolist() == [[1, 1, 2], [1, 2, 1]]
     assert steps["loss"].tolist() == pytest.approx([2.5, 16.0])
@@ -109,7 +109,7 @@ def test_gradients_are_clipped_and_unscaled(tmp_path, dtype, limit, gradient):
     result, _ = fit(tmp_path, values=(3.0,), max_grad_norm=limit, dtype=dtype)
     moment = state_of(result)["optimizer"]["state"][0]["exp_avg"].item()
     assert moment == pytest.approx(0.1 * gradient, rel=1e-3)
-    assert pd.read_csv(result.folder / "steps.csv")["gradient_norm"][0] == pytest.approx(6.0)
+    assert pd.read_csv(result / "steps.csv")["gradient_norm"][0] == pytest.approx(6.0)
 
 
 @pytest.fixture
@@ -134,8 +134,8 @@ def test_float16_skips_steps_that_overflow(tmp_path):
     """The weight stays and the scale is halved; metrics.csv and steps.csv record it."""
     settings = {"batch_size": 1, "dtype": torch.float16}
     result, weights = fit(tmp_path / "a", (2.0, 1.0), (1.0,) * 3, (1, math.inf), **settings)
-    assert pd.read_csv(result.folder / "metrics.csv")["skipped_steps"].tolist() == [1, 0]
-    assert pd.read_csv(result.folder / "steps.csv")["gradient_norm"][1] == math.inf
+    assert pd.read_csv(result / "metrics.csv")["skipped_steps"].tolist() == [1, 0]
+    assert pd.read_csv(result / "steps.csv")["gradient_norm"][1] == math.inf
     state = state_of(result)
     assert state["scaler"]["scale"] == 2**15  # GradScaler starts with 2^16
     assert state["optimizer"]["state"][0]["step"] == 5
@@ -267,6 +267,6 @@ def test_resumed_in_the_middle_of_an_epoch(
 
 def test_a_state_of_another_model_is_rejected(tmp_path):
     result, _ = fit(tmp_path / "a")
-    torch.save(state_of(result) | {"weights": {"0": torch.ones(2, 2)}}, result.folder / "state.pt")
+    torch.save(state_of(result) | {"weights": {"0": torch.ones(2, 2)}}, result / "state.pt")
     with pytest.raises(RuntimeError, match="size mismatch"):
         fit(tmp_path / "a", resume=True)

@@ -16,7 +16,7 @@ from config import TrainConfig, seed_from
 from datasets import TextDataset
 from training import distributed
 from training.options import Hardware
-from training.runs import Run, atomic_path, write_csv
+from training.runs import atomic_path, write_csv
 
 LOG_STEPS = 10  # on CUDA, between two reads of the losses, for which the host waits for the device
 SAVE_SECONDS = 300  # between two resume states within an epoch
@@ -36,7 +36,7 @@ class Trainer:
     """Trains all parameters of a model that require a gradient."""
 
     def __init__(
-        self, model: nn.Module, task: Task, config: TrainConfig, run: Run, hardware: Hardware
+        self, model: nn.Module, task: Task, config: TrainConfig, run: Path, hardware: Hardware
     ) -> None:
         self.model, self.task, self.config, self.run = model, task, config, run
         self.dataset, self.hardware, self.device = task.dataset, hardware, hardware.device
@@ -64,8 +64,7 @@ class Trainer:
         while len(self.epochs) < config.epochs:
             epoch = len(self.epochs)
             if 0 < config.patience <= epoch - best_epoch(self.epochs, metric):
-                name = metric.replace("_", " ")
-                print(f"stopped early: {config.patience} epochs without a better {name}")
+                print(f"stopped early: {config.patience} epochs without a better {metric}")
                 break
             batches = self.dataset.batches(step_size, config.seed, epoch)
             first, total = epoch * len(batches), config.epochs * len(batches)
@@ -115,9 +114,7 @@ class Trainer:
         if distributed.world_size() > 1:
             torch.distributed.all_reduce(loss_sum)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
-        if self.config.max_grad_norm:
-            nn.utils.clip_grads_with_norm_(self.trained, self.config.max_grad_norm, norm)
+        norm = nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.scaler.step(self.optimizer)
@@ -169,27 +166,23 @@ class Trainer:
         """
         if distributed.rank() > 0:
             return
-        write_csv(self.run.folder / "steps.csv", self.steps)
-        write_csv(self.run.folder / "metrics.csv", self.epochs)
+        write_csv(self.run / "steps.csv", self.steps)
+        write_csv(self.run / "metrics.csv", self.epochs)
         state = {"epochs": self.epochs, "steps": self.steps, "seconds": self.seconds}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
-        with atomic_path(self.run.folder / "state.pt") as path:
+        with atomic_path(self.run / "state.pt") as path:
             torch.save(state, path)
         last = self.steps[-1]["epoch"]
         if last == len(self.epochs) == best_epoch(self.epochs, self.task.metric):
-            with atomic_path(self.run.best) as path:
+            with atomic_path(self.run / "best") as path:
                 self.task.save(path)
 
-    def load(self) -> dict[str, Any] | None:
-        """The run's resume state, or None."""
-        path = self.run.folder / "state.pt"
-        return torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
-
     def restore(self) -> None:
-        """Continue from the resume state of the main process, if the run has one."""
-        state = distributed.from_main(self.load)
-        if state is None:
+        """Continue from the resume state, if the run has one."""
+        path = self.run / "state.pt"
+        if not path.exists():
             return
+        state = torch.load(path, weights_only=True, map_location="cpu")
         self.epochs, self.steps, self.seconds = state["epochs"], state["steps"], state["seconds"]
         for name, part in self.parts.items():
             part.load_state_dict(state[name])

@@ -57,7 +57,7 @@ def task_parser(description: str | None, **defaults: Any) -> ArgumentParser:
     add("--plain", action="store_true", help="without the faster parts of speed/: the same result")
     add = parser.add_argument_group("run folder").add_argument
     add("--out_dir", metavar="DIR", help="folder of the run; default in runs/")
-    add("--resume", action="store_true", help="continue the last run with these options")
+    add("--resume", action="store_true", help="continue the run in this folder")
     parser.set_defaults(method="full", lr=None, **defaults)
     return parser
 
@@ -106,18 +106,14 @@ def choose_hardware(name: str = "auto", dtype: str = "auto") -> Hardware:
     else float32. Raises InputError for a device that is not there.
     """
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if name == "auto":
-        name = "cuda" if gpus else "cpu"
-    if name == "cuda" and gpus:
-        name = gpus[0]
+    names = {"auto": gpus[0] if gpus else "cpu", "cuda": "cuda:0"}
+    name = names.get(name, name)
     if name not in ("cpu", *gpus):
         raise InputError(f"there is no device {name} here; --device is auto, cpu or cuda:N")
     device = distributed.init(torch.device(name))
     if device.type == "cuda":
         torch.cuda.set_device(device)  # or pinned memory and precision would ask the first GPU
         is_fast, slow = torch.cuda.is_bf16_supported(including_emulation=False), torch.float16
-    elif dtype == "float16":
-        raise InputError("--dtype float16 needs CUDA; use auto, bfloat16 or float32")
     else:
         # torch has no public function for this; emulation takes several times as long
         is_fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -141,10 +137,7 @@ def exit_cleanly() -> Iterator[None]:
         code, message = 130, "stopped; --resume continues a run, and --continue a table"
     except InputError as error:
         code, message = 2, f"error: {error}"
-    except (OSError, FloatingPointError) as error:
+    except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         code, message = 1, f"error: {error}; saved files are intact (--resume continues)"
-    except (torch.OutOfMemoryError, MemoryError):
-        advice = "a smaller --batch_size, --gradient_checkpointing, --use_lora or fewer --prompts"
-        code, message = 1, f"error: out of memory; use {advice}"
     print(" ".join(message.splitlines()), file=sys.stderr)
     sys.exit(code)

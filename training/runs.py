@@ -21,60 +21,35 @@ PACKAGES = ("torch", "transformers", "numpy", "pandas", "safetensors", "sacreble
 FILE_OPTIONS = ("sonnet_path", "dev_sonnet_path", "held_out_sonnet_path")
 FILE_OPTIONS += ("para_train", "para_dev", "para_test")
 # What else does not change what is trained
-NOT_COMPARED = {"out_dir", "resume", "model_size", "device", "use_gpu", *FILE_OPTIONS}
+NOT_COMPARED = {"out_dir", "resume", "model_size", "device", *FILE_OPTIONS}
 NOT_COMPARED |= {"gradient_checkpointing", "sonnet_out", "para_dev_out", "para_test_out"}
 locks = []  # kept alive, so that they are released when the process ends
 
 
-class Run:
-    """runs/<task>/<name>, or --out_dir; --resume continues it."""
+def open_run(task: str, name: str, settings: dict[str, Any]) -> Path:
+    """Lock runs/<task>/<name>, or --out_dir, and write config.json; returns the folder.
 
-    def __init__(self, task: str, name: str, settings: dict[str, Any]) -> None:
-        """Lock the folder and write config.json.
-
-        `settings` are all options, and what else a result depends on.
-        Raises InputError for a folder with another run, or one that another process is writing.
-        """
-        if settings["out_dir"]:
-            self.folder = Path(settings["out_dir"])
-        else:
-            self.folder = choose_folder(Path("runs", task), name, settings["resume"])
-        self.best = self.folder / "best"  # the best model
-        self.title = name  # for the screen and plots
-        self.summary: dict[str, Any] = {}  # the first entries of summary.json
-        lock(self.folder)
-        for leftover in self.folder.glob(".*.tmp"):  # of a process that was killed
-            shutil.rmtree(leftover)
-        path = self.folder / "config.json"
-        config = json.loads(json.dumps(settings | environment()))
-        if path.exists():
-            config = self.continued(json.loads(path.read_text("utf-8")), config)
-        write_json(path, config)
-
-    def continued(self, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-        """The settings of a resumed run, with a note if code or packages changed.
-
-        Raises InputError without --resume, and for other settings.
-        """
-        if not new["resume"]:
-            raise InputError(f"{self.folder} holds a run: --resume it, or name another --out_dir")
-        changed = {name for name in new if old.get(name) != new[name]} - NOT_COMPARED
-        for name in changed - environment().keys():
-            values = f"{old.get(name)}, not {new[name]}"
-            raise InputError(f"{self.folder} has another {name} ({values}): cannot resume it")
-        if changed:
-            print(f"note: resumed with another {' and '.join(sorted(changed))}")
-            resumed = {name: new[name] for name in sorted(changed)}
-            old["resumed"] = [*old.get("resumed", []), resumed]
-        return old
-
-
-def choose_folder(parent: Path, name: str, resume: bool) -> Path:
-    """The first free folder of name, name-2, ...; to resume, the last one that holds a run."""
-    folders = [parent / name]
-    while (folders[-1] / "config.json").exists():
-        folders.append(parent / f"{name}-{len(folders) + 1}")
-    return folders[-2] if resume and len(folders) > 1 else folders[-1]
+    `settings` are all options, and what else a result depends on. A resumed run must have the same;
+    `resumed` lists the commits that it had before. Raises InputError for a folder with another run,
+    or one that another process is writing.
+    """
+    folder = Path(settings["out_dir"] or Path("runs", task, name))
+    lock(folder)
+    for leftover in folder.glob(".*.tmp"):  # of a process that was killed
+        shutil.rmtree(leftover)
+    path = folder / "config.json"
+    config = json.loads(json.dumps(settings | environment()))
+    if path.exists():
+        old = json.loads(path.read_text("utf-8"))
+        if not settings["resume"]:
+            raise InputError(f"{folder} holds a run: --resume it, or name another --out_dir")
+        for key in settings.keys() - NOT_COMPARED:
+            if old.get(key) != config[key]:
+                values = f"{old.get(key)}, not {config[key]}"
+                raise InputError(f"{folder} has another {key} ({values}): cannot resume it")
+        config["resumed"] = [*old.get("resumed", []), old["commit"]]
+    write_json(path, config)
+    return folder
 
 
 def lock(folder: Path) -> None:

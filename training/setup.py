@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from config import InputError, LoRAConfig, TrainConfig
+from config import LoRAConfig, TrainConfig
 from datasets import TextDataset
 from evaluation.metrics import Results, metrics_table
 from evaluation.plots import draw_curves
@@ -18,19 +18,10 @@ from speed.training import speed_up
 from training import distributed
 from training.loop import Task, Trainer, best_epoch
 from training.options import Hardware, from_options
-from training.runs import FILE_OPTIONS, Run, file_sha256, write_csv, write_json, write_text
+from training.runs import FILE_OPTIONS, file_sha256, open_run, write_csv, write_json, write_text
 
 Measure = Callable[[nn.Module, TextDataset], Results]
-Outputs = dict[str, tuple[str, str]]  # name in predictions/ -> path of a copy, and the text
-
-
-def check_outputs(options: Namespace, *names: str) -> None:
-    """Raise InputError for an output that would replace an input."""
-    values = vars(options)
-    inputs = [Path(values[name]).resolve() for name in FILE_OPTIONS if values.get(name)]
-    for name in names:
-        if Path(values[name]).resolve() in inputs:
-            raise InputError(f"--{name} {values[name]} is an input; name another file")
+Outputs = dict[str, str]  # path of predictions -> text
 
 
 def prepare(model: nn.Module, options: Namespace, hardware: Hardware) -> None:
@@ -52,11 +43,12 @@ def prepare(model: nn.Module, options: Namespace, hardware: Hardware) -> None:
         speed_up(model)
 
 
-def open_run(
-    task: str, variant: tuple[str, ...], model: nn.Module, options: Namespace, hardware: Hardware
-) -> Run:
-    """Open the run's folder in the main process and print what will be trained."""
-    values, words = vars(options), [Path(options.model_size).name, *variant, options.method]
+def make_folder(
+    variant: tuple[str, ...], model: nn.Module, options: Namespace, hardware: Hardware
+) -> Path:
+    """Open the run's folder in the main process; `variant` is a part of its name."""
+    values = vars(options)
+    words = [Path(options.model_size).name, *variant, options.method, f"seed{options.seed}"]
     inputs = {
         "data_sha256": {name: file_sha256(values[name]) for name in FILE_OPTIONS if name in values},
         "model_sha256": base_sha256(model),
@@ -65,30 +57,27 @@ def open_run(
         "device_type": hardware.device.type,
         "processes": distributed.world_size(),
     }
-    name = "-".join([*words, f"seed{options.seed}"])
-    run = distributed.from_main(lambda: Run(task, name, values | inputs))
-    run.title = ", ".join(words)
+    name = "-".join(words)
+    return distributed.from_main(lambda: open_run(options.task, name, values | inputs))
+
+
+def train(
+    model: nn.Module, task: Task, options: Namespace, run: Path, hardware: Hardware
+) -> dict[str, Any]:
+    """Train; returns the first entries of summary.json, with times without evaluation."""
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    run.summary = {"task": task, "model": options.model_size, "method": options.method}
-    run.summary |= {"seed": options.seed, "trainable_parameters": trainable}
-    run.summary |= {"total_parameters": total}
-    print(
-        f"{task}: {run.title}\n{trainable:,} of {total:,} parameters are trained with learning "
-        f"rate {options.lr:g}\nprecision {inputs['dtype']} on {hardware.device}, in {run.folder}"
-    )
-    return run
-
-
-def train(model: nn.Module, task: Task, options: Namespace, run: Run, hardware: Hardware) -> None:
-    """Train, and add the results to the run's summary; times are of training without evaluation."""
+    print(f"{trainable:,} of {total:,} parameters are trained with learning rate {options.lr:g}")
+    print(f"precision {hardware.dtype} on {hardware.device}, in {run}")
     epochs = Trainer(model, task, from_options(TrainConfig, options), run, hardware).train()
     best = best_epoch(epochs, task.metric)
-    run.summary |= {"epochs": len(epochs), "best_epoch": best}
+    summary = {"task": options.task, "model": options.model_size, "method": options.method}
+    summary |= {"seed": options.seed, "trainable_parameters": trainable}
+    summary |= {"total_parameters": total, "epochs": len(epochs), "best_epoch": best}
     if epochs:
         table = pd.DataFrame(epochs)
         tokens = (table["tokens_per_second"] * table["seconds"]).sum()
-        run.summary |= {
+        summary |= {
             "first_train_loss": epochs[0]["train_loss"],
             "final_train_loss": epochs[-1]["train_loss"],
             "best_dev_loss": epochs[best - 1]["dev_loss"],
@@ -97,6 +86,7 @@ def train(model: nn.Module, task: Task, options: Namespace, run: Run, hardware: 
             "tokens_per_second": round(tokens / table["seconds"].sum(), 1),
             "peak_memory_gb": epochs[-1]["peak_memory_gb"],
         }
+    return summary
 
 
 def evaluate(
@@ -113,28 +103,28 @@ def evaluate(
 
 
 def finish_run(
-    run: Run, metrics: dict[str, Any], per_text: pd.DataFrame, outputs: Outputs, usage: str
+    run: Path, summary: dict[str, Any], results: Results, outputs: Outputs, usage: str
 ) -> None:
     """Write results, summary.json, plots and the README of the best model, and print metrics.
 
     `usage` is the command that uses the model.
     """
-    summary = run.summary | metrics
-    for name, (_, text) in outputs.items():
-        write_text(run.folder / "predictions" / name, text)
-    write_csv(run.folder / "per_text.csv", per_text)
-    write_json(run.folder / "summary.json", summary)
+    metrics, per_text = results
+    summary = summary | metrics
+    for path, text in outputs.items():
+        write_text(run / "predictions" / Path(path).name, text)
+    write_csv(run / "per_text.csv", per_text)
+    write_json(run / "summary.json", summary)
     if summary["epochs"]:
         table = pd.Series(summary, name="value").rename_axis("metric").to_markdown()
-        write_text(run.best / "README.md", f"# {run.title}\n\n    {usage}\n\n{table}\n")
-        draw_curves(run.folder, run.title, summary.get("base_dev_loss"))
-        print(f"\nnext: {usage}")
-    print(f"\n{metrics_table(metrics)}\n\nmetrics, plots and best model: {run.folder}")
+        write_text(run / "best" / "README.md", f"# {run.name}\n\n    {usage}\n\n{table}\n")
+        draw_curves(run, run.name, summary.get("base_dev_loss"))
+    print(f"\n{metrics_table(metrics)}\n\nmetrics, plots and best model: {run}\nnext: {usage}")
     write_outputs(outputs)
 
 
 def write_outputs(outputs: Outputs) -> None:
-    """Write the copies of predictions where the options name them."""
-    for path, text in outputs.values():
+    """Write predictions where the options name them."""
+    for path, text in outputs.items():
         write_text(path, text)
         print(f"predictions: {path}")

@@ -26,7 +26,7 @@ from models.hugging_face import BUNDLED_MODEL
 from models.sonnet_gpt import SonnetGPT
 from training.loop import Task, Trainer
 from training.options import choose_hardware, exit_cleanly
-from training.runs import Run, file_sha256
+from training.runs import file_sha256, open_run
 
 CORPUS = ROOT / "data" / "cache" / "corpus"
 STEPS = 246  # per epoch: 1.008 million tokens
@@ -122,7 +122,7 @@ def main(options: Namespace) -> None:
     hashes = {name: file_sha256(options.corpus / f"{name}.npy") for name in SHARES}
     compared = {"epochs": options.epochs, "lr": options.lr}
     paths = {"resume": options.resume, "out_dir": options.out_dir}
-    run = Run("pretrain", "tiny", compared | paths | {"data_sha256": hashes})
+    run = open_run("pretrain", "tiny", compared | paths | {"data_sha256": hashes})
     torch.manual_seed(config.seed)
     gpt = GPT2Model(TINY)
     gpt.tokenizer = transformers.AutoTokenizer.from_pretrained(BUNDLED_MODEL)
@@ -144,12 +144,12 @@ def main(options: Namespace) -> None:
         return {"dev_loss": dev_loss, **losses, "sonnets_bits_per_character": bits}
 
     # Train, and save the best model in float16
-    print(f"pretraining tiny in {run.folder}, {hardware.dtype}")
+    print(f"pretraining tiny in {run}, {hardware.dtype}")
     task = Task(dataset, evaluate, gpt.save_pretrained)
     epochs = Trainer(model, task, config, run, hardware).train()
-    best = transformers.GPT2LMHeadModel.from_pretrained(run.best, dtype=torch.float16)
+    best = transformers.GPT2LMHeadModel.from_pretrained(run / "best", dtype=torch.float16)
     best.save_pretrained(options.out)
-    shutil.copy(run.folder / "metrics.csv", options.out / "pretraining.csv")
+    shutil.copy(run / "metrics.csv", options.out / "pretraining.csv")
     print(pd.DataFrame(epochs).tail(1).T.to_string(header=False))
     print(f"the best model is in {options.out}")
 
