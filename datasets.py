@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from config import InputError
 from models.gpt2 import GPT2Model
@@ -209,7 +210,8 @@ class PairsDataset(TextDataset):
         self.labels = torch.tensor(labels[complete].to_numpy(int)) if labels.notna().any() else None
         self.texts, self.truncated_lines = [], []  # token ids of the texts of each pair
         # In chunks, because the tokenizer needs much more memory than the token ids.
-        for chunk in split(list(texts[complete].itertuples(name=None)), 4096):
+        chunks = split(list(texts[complete].itertuples(name=None)), 4096)
+        for chunk in tqdm(chunks, "tokenizing", leave=False, disable=None):
             encoded = self.encode([sentences for _, *sentences in chunk])
             for (line, *sentences), tokens in zip(chunk, encoded, strict=True):
                 if max(map(len, tokens)) > gpt.config.n_positions:

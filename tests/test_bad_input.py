@@ -58,6 +58,7 @@ OPTIONS = [
     (BOTH, "--device=cuda:99", "there is no device cuda:99 here"),
     (BOTH, "--use_gpu", "there is no device cuda:0 here"),
     (BOTH, "--model_size=gpt3", "gpt3 is neither one of tiny, gpt2, .* nor a model folder"),
+    ("sonnets", "--sonnet_out={}/sonnets.txt", "--sonnet_out .*sonnets.txt is an input"),
     (BOTH, "--out_dir={}/file/below", "below is a file, or another process writes it"),
     ("sonnets", "--temperature=-1", "temperature must be at least 0 and below inf, not -1.0"),
     ("sonnets", "--sonnet_path=absent.csv", "absent.csv cannot be read .*: .*No such file"),

@@ -33,12 +33,11 @@ def test_a_named_folder_is_used_once(tmp_path):
     assert (tmp_path / "a" / "config.json").read_bytes() == before
 
 
-def test_a_run_has_a_folder_in_runs(tmp_path, monkeypatch):
-    """A second run with the same name needs --resume or --out_dir."""
+def test_a_repeated_command_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    """--resume continues the last of them."""
     monkeypatch.chdir(tmp_path)
-    assert start() == start(resume=True) == Path("runs/task/a")
-    with pytest.raises(InputError, match="holds a run"):
-        start()
+    assert [start(resume=resume).name for resume in (True, False, False)] == ["a", "a-2", "a-3"]
+    assert start(resume=True) == Path("runs/task/a-3")
     assert start(name="b") == Path("runs/task/b")
 
 
@@ -56,13 +55,14 @@ def test_another_run_is_not_resumed(tmp_path, name):
     assert (tmp_path / "config.json").read_bytes() == before
 
 
-def test_other_code_and_packages_may_resume(tmp_path, monkeypatch):
-    """The commits before are kept."""
+def test_other_code_and_packages_are_noted(tmp_path, monkeypatch, capsys):
+    """Such a run continues, and the commits before are kept."""
     start(tmp_path)
     now = runs.environment()
     for change in ({"commit": "abc+"}, {"packages": now["packages"] | {"torch": "9"}}):
         monkeypatch.setattr(runs, "environment", lambda change=change: now | change)
         start(tmp_path, resume=True)
+        assert "note: resumed with other code or packages" in capsys.readouterr().out
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["packages"]["torch"] == "9"
     assert config["resumed"] == [now["commit"], "abc+"]

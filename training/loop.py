@@ -177,12 +177,16 @@ class Trainer:
             with atomic_path(self.run / "best") as path:
                 self.task.save(path)
 
-    def restore(self) -> None:
-        """Continue from the resume state, if the run has one."""
+    def load(self) -> dict[str, Any] | None:
+        """The resume state, or None."""
         path = self.run / "state.pt"
-        if not path.exists():
+        return torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
+
+    def restore(self) -> None:
+        """Continue from the resume state of the main process, if the run has one."""
+        state = distributed.from_main(self.load)
+        if state is None:
             return
-        state = torch.load(path, weights_only=True, map_location="cpu")
         self.epochs, self.steps, self.seconds = state["epochs"], state["steps"], state["seconds"]
         for name, part in self.parts.items():
             part.load_state_dict(state[name])

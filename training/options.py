@@ -14,6 +14,7 @@ import torch
 from config import InputError, LoRAConfig, TrainConfig, check_range
 from models.hugging_face import BUNDLED_MODEL, SIZES
 from training import distributed
+from training.runs import FILE_OPTIONS, OUTPUT_OPTIONS
 
 # Default learning rates of AdamW: Li and Liang 2021 (arXiv 2101.00190) for full fine-tuning, Hu et
 # al. 2021 (table 11) for LoRA; and those of the report.
@@ -57,7 +58,7 @@ def task_parser(description: str | None, **defaults: Any) -> ArgumentParser:
     add("--plain", action="store_true", help="without the faster parts of speed/: the same result")
     add = parser.add_argument_group("run folder").add_argument
     add("--out_dir", metavar="DIR", help="folder of the run; default in runs/")
-    add("--resume", action="store_true", help="continue the run in this folder")
+    add("--resume", action="store_true", help="continue the last run with these options")
     parser.set_defaults(method="full", lr=None, **defaults)
     return parser
 
@@ -79,6 +80,11 @@ def parse(
     if options.lr is None:
         options.lr = rates["lora" if options.method == "lora" else "full"]
     from_options(TrainConfig, options)  # or bad values would be found later
+    values = vars(options)
+    inputs = [Path(values[name]).resolve() for name in FILE_OPTIONS if values.get(name)]
+    for name in OUTPUT_OPTIONS:
+        if name in values and Path(values[name]).resolve() in inputs:
+            raise InputError(f"--{name} {values[name]} is an input; name another file")
     return options
 
 

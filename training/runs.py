@@ -20,9 +20,10 @@ PACKAGES = ("torch", "transformers", "numpy", "pandas", "safetensors", "sacreble
 # Data files; they and the model are compared by their contents.
 FILE_OPTIONS = ("sonnet_path", "dev_sonnet_path", "held_out_sonnet_path")
 FILE_OPTIONS += ("para_train", "para_dev", "para_test")
-# What else does not change what is trained
-NOT_COMPARED = {"out_dir", "resume", "model_size", "device", *FILE_OPTIONS}
-NOT_COMPARED |= {"gradient_checkpointing", "sonnet_out", "para_dev_out", "para_test_out"}
+OUTPUT_OPTIONS = ("sonnet_out", "para_dev_out", "para_test_out")
+# What does not change what is trained, or is compared in another way
+NOT_COMPARED = {"out_dir", "resume", "model_size", "device", "gradient_checkpointing"}
+NOT_COMPARED |= {*FILE_OPTIONS, *OUTPUT_OPTIONS}
 locks = []  # kept alive, so that they are released when the process ends
 
 
@@ -33,12 +34,14 @@ def open_run(task: str, name: str, settings: dict[str, Any]) -> Path:
     `resumed` lists the commits that it had before. Raises InputError for a folder with another run,
     or one that another process is writing.
     """
-    folder = Path(settings["out_dir"] or Path("runs", task, name))
+    named = settings["out_dir"]
+    folder = Path(named) if named else choose_folder(Path("runs", task, name), settings["resume"])
     lock(folder)
     for leftover in folder.glob(".*.tmp"):  # of a process that was killed
         shutil.rmtree(leftover)
     path = folder / "config.json"
-    config = json.loads(json.dumps(settings | environment()))
+    now = environment()
+    config = json.loads(json.dumps(settings | now))
     if path.exists():
         old = json.loads(path.read_text("utf-8"))
         if not settings["resume"]:
@@ -47,9 +50,19 @@ def open_run(task: str, name: str, settings: dict[str, Any]) -> Path:
             if old.get(key) != config[key]:
                 values = f"{old.get(key)}, not {config[key]}"
                 raise InputError(f"{folder} has another {key} ({values}): cannot resume it")
+        if any(old[key] != value for key, value in now.items()):
+            print("note: resumed with other code or packages")
         config["resumed"] = [*old.get("resumed", []), old["commit"]]
     write_json(path, config)
     return folder
+
+
+def choose_folder(first: Path, resume: bool) -> Path:
+    """The first free one of NAME, NAME-2, ...; to resume, the last one that holds a run."""
+    folders = [first]
+    while (folders[-1] / "config.json").exists():
+        folders.append(first.with_name(f"{first.name}-{len(folders) + 1}"))
+    return folders[-2] if resume and len(folders) > 1 else folders[-1]
 
 
 def lock(folder: Path) -> None:
