@@ -103,9 +103,8 @@ def draw_parameters(part, runs):
     axes = part.subplots()
     means = row_means(runs, "dev_loss")
     means["x"] = runs.groupby("row")["trainable_parameters"].mean()
-    for name, rows in means.sort_values("x").groupby(
-        means.index.str.replace(",.*", "", regex=True)
-    ):
+    means = means.sort_values("x")
+    for name, rows in means.groupby(means.index.str.replace(",.*", "", regex=True)):
         axes.errorbar("x", "mean", "error", data=rows, fmt="o-", capsize=3, label=name)
     axes.set(xscale="log", xlabel="trainable parameters", ylabel=axis_label("dev_loss"))
     part.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)

@@ -45,7 +45,9 @@ def compare(
     """
     records = []
     for metric, (baseline, pattern) in product(margins, comparisons.items()):
-        values = metric_by_seed(runs, texts, metric).loc[list(runs["row"].unique())]
+        values = metric_by_seed(runs, texts, metric)
+        measured = values.index.unique("row")  # not all, if test pairs have no labels
+        values = values.loc[[row for row in runs["row"].unique() if row in measured]]
         subtracted = values.query("row == @baseline").droplevel("row")
         by_row = values.sub(subtracted, level="seed").dropna().groupby("row", sort=False)
         rows = [row for row, _ in by_row if row != baseline and re.match(pattern, row)]

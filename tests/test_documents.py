@@ -5,7 +5,9 @@ import shutil
 import tokenize
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from benchmarks import documents
 from benchmarks.documents import include_tables
@@ -53,6 +55,17 @@ def test_the_overview_is_that_of_the_results(tmp_path, monkeypatch):
     documents.write_overview()
     committed = (ROOT / "results" / "overview.md").read_text(encoding="utf-8")
     assert (tmp_path / "overview.md").read_text(encoding="utf-8") == committed
+
+
+def test_a_curve_joins_the_ranks_of_its_targets():
+    """However the rows are ordered, and whatever their numbers of parameters."""
+    sizes = {"q, rank 4": 4, "full": 9, "all, rank 1": 5, "q, rank 1": 1}
+    runs = pd.DataFrame(sizes.items(), columns=["row", "trainable_parameters"])
+    figure = Figure()
+    documents.draw_parameters(figure.subfigures(), runs.assign(seed=1, dev_loss=0.5))
+    curves = {curve.get_label(): curve.lines[0] for curve in figure.axes[0].containers}
+    found = {name: line.get_xdata().tolist() for name, line in curves.items()}
+    assert found == {"q": [1, 4], "full": [9], "all": [5]}
 
 
 def test_outputs_are_of_the_commands():

@@ -273,6 +273,17 @@ def test_values_of_texts_by_hand():
     assert metric_by_seed(runs, pd.DataFrame(), "peak_memory_gb").to_numpy().tolist() == [[3]]
 
 
+def test_metrics_that_were_not_measured_are_left_out():
+    """The course's test pairs of Quora have no labels: only dev is compared."""
+    keys = [{"row": row, "seed": seed, "fold": 0} for row in "ab" for seed in (1, 2)]
+    pairs = {"split": "dev", "id": list("xyz"), "loss": 0.5}
+    frames = [pd.DataFrame(key | pairs).assign(correct=range(3)) for key in keys]
+    margins = {"dev_accuracy": 0.01, "test_accuracy": 0.01, "test_loss": 0.02}
+    differences = tables.compare(pd.DataFrame(keys), pd.concat(frames), {"a": ""}, margins)
+    assert differences["metric"].tolist() == ["dev_accuracy"]
+    assert differences["row"].tolist() == ["b"]
+
+
 def test_pairs_are_stored_without_their_texts(task, tmp_path):
     """Whether a prediction is correct, and four digits of the loss."""
     script = (tmp_path / "fake_task.py").read_text()
