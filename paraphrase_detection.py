@@ -42,8 +42,7 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     add = parser.add_argument_group("pairs").add_argument
     add("--pooling", default="last", choices=POOLINGS, help="how hidden states become one vector")
     add("--pair_encoding", choices=("joint", "separate"), help="one prompt, or two (for tiny)")
-    words = "train only pooling and head, GPT-2 in eval mode"
-    add("--freeze_gpt", action="store_const", dest="method", const="frozen", help=words)
+    add("--freeze_gpt", action="store_true", help="train only pooling and head, GPT-2 in eval mode")
     add("--dataset", default="verses", choices=DATASETS, help="quora: see data/download_quora.py")
     for split in ("train", "dev", "test"):
         add(f"--para_{split}", metavar="FILE", help=f"{split} pairs, instead of all of --dataset")
@@ -54,6 +53,10 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     add("--pair", nargs=2, action="append", metavar="TEXT", help="texts for --predict, not files")
     add("--score", metavar="FILE", help="no model: metrics of predictions for --para_dev")
     options = opt.parse(parser, arguments, REPORT, TINY_RATES)
+    if options.freeze_gpt and options.method == "lora":
+        raise InputError("--use_lora trains GPT-2 and --freeze_gpt does not; remove one of them")
+    if options.freeze_gpt:
+        options.method = "frozen"
     if options.pair_encoding is None:  # tiny hardly learns to compare texts within a prompt
         options.pair_encoding = "separate" if opt.is_tiny(options.model_size) else "joint"
     if not (options.para_train or options.para_dev or options.para_test):
