@@ -13,9 +13,8 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download, try_to_load_from_cache
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.modeling_utils import load_state_dict
 from transformers.utils import logging
 
 from config import ROOT, GPT2Config, InputError
@@ -118,7 +117,11 @@ def read_weights(folder: Path, n_layer: int) -> dict[str, Tensor]:
     """Our parameters in float32; raises InputError, naming wrong tensors."""
     files, tensors = [sorted(folder.glob(pattern)) for pattern in WEIGHTS], {}
     for path in next(filter(None, files), []):
-        for name, tensor in load_state_dict(path).items():
+        if path.suffix == ".safetensors":
+            stored = load_file(path)
+        else:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+        for name, tensor in stored.items():
             tensors[name.removeprefix("transformer.")] = tensor  # the published gpt2 has no prefix
     names, head = tensor_names(n_layer), tensors.pop("lm_head.weight", None)
     wrong = [name for name in names.keys() ^ tensors.keys() if not name.endswith(CAUSAL_MASKS)]
