@@ -7,8 +7,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from evaluation.statistics import t_interval
-
 BLUE, ORANGE = "C0", "C1"
 
 
@@ -77,6 +75,8 @@ def draw_experiment(path: str, runs: pd.DataFrame, metrics: list[str]) -> None:
 
 def row_means(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
     """The `mean` of a metric for each row, and half of its interval over seeds as `error`."""
+    from evaluation.statistics import t_interval  # here: scipy takes a second, which scripts save
+
     rows = runs.groupby("row", sort=False)[metric]
     means = rows.agg(mean="mean", error=lambda values: np.ptp(t_interval(values.dropna())) / 2)
     return means.replace(np.inf, np.nan)  # a single seed has no interval
