@@ -119,7 +119,9 @@ def finish_run(
         table = pd.Series(summary, name="value").rename_axis("metric").to_markdown()
         write_text(run / "best" / "README.md", f"# {run.name}\n\n    {usage}\n\n{table}\n")
         draw_curves(run, run.name, summary.get("base_dev_loss"))
-    print(f"\n{metrics_table(metrics)}\n\nmetrics, plots and best model: {run}\nnext: {usage}")
+    print(f"\n{metrics_table(metrics)}\n\nmetrics, plots and best model: {run}")
+    if summary["epochs"]:
+        print(f"next: {usage}")
     write_outputs(outputs)
 
 
