@@ -55,6 +55,8 @@ class SonnetGPT(nn.Module):
         InputError for settings, prompts or adapters that cannot be used.
         """
         config = SamplingConfig(**sampling)
+        if isinstance(prompts, str):  # its characters would be prompts
+            raise InputError(f"prompts must be a list of texts, not the text {prompts!r}")
         adapters = [None] * len(prompts) if adapters is None else adapters
         if len(adapters) != len(prompts):
             raise InputError(f"{len(adapters)} adapters for {len(prompts)} prompts")

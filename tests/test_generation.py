@@ -208,3 +208,9 @@ def test_unusable_prompts_and_settings_are_named():
     for name, value in {"temperature": float("nan"), "top_p": 0.0, "top_k": -1}.items():
         with pytest.raises(InputError, match=f"{name} must be"):
             model.generate(["a"], **{name: value})
+
+
+def test_one_text_is_not_a_list_of_prompts(gpt):
+    """Otherwise each of its characters would be continued."""
+    with pytest.raises(InputError, match="must be a list of texts, not the text 'From'"):
+        SonnetGPT(gpt).generate("From")
