@@ -39,6 +39,18 @@ class MeanPooling(Pooling):
         return fill_padding(hidden, attention_mask, 0).sum(1) / attention_mask.sum(1, keepdim=True)
 
 
+class WeightedMeanPooling(Pooling):
+    """The mean with weights 1, 2, 3, ... of real tokens (Muennighoff 2022, arXiv 2202.08904).
+
+    Later tokens of a decoder have attended to more of the text.
+    """
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        weights = attention_mask.cumsum(1) * attention_mask  # (B, T)
+        weights = weights / weights.sum(1, keepdim=True)
+        return (weights[:, :, None] * fill_padding(hidden, attention_mask, 0)).sum(1)
+
+
 class MaxPooling(Pooling):
     """The maximum over real tokens, per dimension."""
 
@@ -99,6 +111,7 @@ class MultiHeadPooling(AttentionPooling):
 POOLINGS = {
     "last": LastPooling,
     "mean": MeanPooling,
+    "weightedmean": WeightedMeanPooling,
     "max": MaxPooling,
     "generalized": GeneralizedPooling,
     "multihead": MultiHeadPooling,

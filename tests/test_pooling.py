@@ -24,7 +24,7 @@ def random_pooling(name):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("last", [0, 4]), ("mean", [1 / 2, 3]), ("max", [1, 4])],
+    [("last", [0, 4]), ("mean", [1 / 2, 3]), ("weightedmean", [1 / 3, 10 / 3]), ("max", [1, 4])],
 )
 def test_poolings_without_parameters_by_hand(name, expected):
     """Of (1, 2) and (0, 4); they have no weights to show."""
