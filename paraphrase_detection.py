@@ -16,14 +16,12 @@ import torch
 from config import ROOT, InputError
 from datasets import PairsDataset, make_pairs, read_pairs, read_text
 from evaluation.metrics import classification_metrics, metrics_table, pair_metrics
-from evaluation.plots import draw_attention
 from models.adapters import load_model
 from models.paraphrase_gpt import ANSWERS, HEAD_FILE, ParaphraseGPT
 from pooling import POOLINGS
 from training import options as opt
 from training import setup
 from training.loop import Task
-from training.runs import write_csv
 
 TINY_RATES = {"full": 5e-4, "lora": 2e-3}  # chosen on dev, see data/README.md
 DEFAULTS = {"epochs": 3, "batch_size": 16, "schedule": "linear", "warmup": 0.06}
@@ -34,7 +32,6 @@ DATASETS = {
     "verses": {split: f"verses-{split}.csv" for split in ("train", "dev", "test")},
     "quora": {"train": "quora-train.csv", "dev": "quora-dev.csv", "test": "quora-test-student.csv"},
 }
-EXAMPLES = 4  # pairs in attention.png
 
 
 def parse_options(arguments: list[str] | None = None) -> Namespace:
@@ -77,6 +74,7 @@ def main(options: Namespace) -> None:
 
     # Data, model and method
     model = load_classifier(options)
+    vars(options).update(model.settings)  # a saved classifier has its own
     setup.prepare(model, options, hardware)
     splits = ("train", "dev", "test")
     datasets = {split: load_pairs(read_split(options, split), split, model) for split in splits}
@@ -97,7 +95,6 @@ def main(options: Namespace) -> None:
     usage = f'python paraphrase_detection.py --predict {run}/best --pair "one" "another"'
     outputs = format_predictions(options, datasets, results)
     setup.finish_run(run, summary, (metrics, per_text), outputs, usage)
-    write_attention(run, model, datasets["dev"])
 
 
 def load_classifier(options: Namespace) -> ParaphraseGPT:
@@ -174,23 +171,6 @@ def predict_only(options: Namespace, hardware: opt.Hardware) -> None:
         setup.write_outputs(format_predictions(options, datasets, results))
     if metrics:
         print(metrics_table(metrics))
-
-
-@torch.no_grad()
-def write_attention(run: Path, model: ParaphraseGPT, dataset: PairsDataset) -> None:
-    """Write and plot how a learned pooling weights the tokens of the first pairs; 1 is the mean."""
-    batch = dataset.collate(list(range(len(dataset.ids)))[:EXAMPLES])
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    weights = model.cpu().token_weights(ids, mask)
-    if weights is None:
-        return
-    weights = weights * mask.sum(-1, keepdim=True)
-    places = mask.nonzero(as_tuple=True)  # of the tokens
-    table = pd.DataFrame({"pair": [dataset.ids[index] for index in places[0]]})
-    table["token"] = model.gpt.tokenizer.batch_decode(ids[places][:, None])
-    table["weight"] = weights[places].numpy()
-    write_csv(run / "attention.csv", table)
-    draw_attention(run / "attention.png", table, f"token weights, {run.name}")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ class AttentionPooling(Pooling):
 
 
 class GeneralizedPooling(AttentionPooling):
-    """The report's: u_t = tanh(w . h_t + b), a = softmax_t(u), v = sum_t a_t h_t.
+    """The report's, one weight per token: u_t = tanh(w . h_t + b), a = softmax_t(u), sum_t a_t h_t.
 
     tanh is in (-1, 1), so no weight exceeds another by more than a factor of e^2 = 7.4.
     """

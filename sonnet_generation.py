@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from config import ROOT, InputError, SamplingConfig
-from datasets import SonnetsDataset, continuation, read_sonnets, sonnet_prompt
+from datasets import GIVEN_LINES, SonnetsDataset, continuation, read_sonnets, sonnet_prompt
 from evaluation.metrics import language_model_metrics, metrics_table
 from evaluation.sonnet_form import sonnet_metrics
 from models.adapters import load_model, save_adapter
@@ -68,7 +68,8 @@ def main(options: Namespace) -> None:
     # Training
     measure = partial(setup.evaluate, language_model_metrics, hardware)
     save = partial(save_adapter, model) if options.method == "lora" else model.gpt.save_pretrained
-    task = Task(datasets.pop("train"), lambda: measure(model, {"dev": datasets["dev"]})[0], save)
+    train, dev = datasets.pop("train"), {"dev": datasets["dev"]}
+    task = Task(train, lambda: measure(model, dev)[0], save)
     base, _ = measure(model, datasets)
     summary = setup.train(model, task, options, run, hardware)
 
@@ -83,7 +84,8 @@ def main(options: Namespace) -> None:
         texts = generate(model, prompts, options, hardware, max_lines=0)
         if split in datasets:
             metrics |= sonnet_metrics(split, texts, frame["text"], sonnets["train"]["text"])
-    print(f"\na continued sonnet\n{first_lines(texts[0].text, options.max_lines)}")
+    example = first_lines(texts[0].text, options.max_lines)
+    print(f"\na sonnet, whose first {GIVEN_LINES} lines are given\n{example}")
     outputs = {options.sonnet_out: format_sonnets(sonnets["test"], texts, options.max_lines)}
     usage = f'python sonnet_generation.py --generate {run}/best --prompt "Shall I"'
     setup.finish_run(run, summary, (metrics, losses), outputs, usage)

@@ -10,7 +10,6 @@ a and b of this table, and the rows that contain a match of the regular expressi
 
 import argparse
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from config import ROOT
-from evaluation.plots import axis_label, draw_token_weights, row_means
+from evaluation.plots import axis_label, row_means
 from evaluation.tables import format_values, markdown
 from experiments import SELECTION_SEEDS
 from training.runs import write_text
@@ -30,7 +29,7 @@ from training.runs import write_text
 MARKED = re.compile(r"<!-- (\S+)( \d+)?(?: \| (.*?) \| (.*?))? -->\n.*?<!-- end -->", re.DOTALL)
 OVERVIEW = ROOT / "results" / "overview"
 OUTPUTS = ROOT / "results" / "outputs"
-TOKEN_WEIGHTS = OUTPUTS / "attention.csv"
+TRAINED = {"poolings": "GPT-2 is trained", "frozen": "GPT-2 is frozen"}  # table -> label
 HELD_OUT = {  # rows, and their case in benchmarks/speed.py
     "base model": None,
     "full fine-tuning": "sonnets full ours",
@@ -54,7 +53,7 @@ COMMANDS = {  # README.md's, by the name of the file with their output
 
 
 def run_commands():
-    """Run COMMANDS in a fresh clone; keep what they print, and the token weights."""
+    """Run COMMANDS in a fresh clone, and keep what they print."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
         for name, command in COMMANDS.items():
@@ -63,8 +62,6 @@ def run_commands():
             words = [f'"{word}"' if " " in word else word for word in command]
             block = f"python {' '.join(words)}\n\n{text.decode().strip()}\n"
             write_text(OUTPUTS / f"{name}.txt", block.replace(f"{folder}/", ""))
-        [weights] = Path(folder, "runs").glob("paraphrases/*/attention.csv")
-        shutil.copy(weights, TOKEN_WEIGHTS)
 
 
 def write_overview():
@@ -91,10 +88,7 @@ def write_overview():
     runs = pd.read_csv(ROOT / "results" / "lora_best.csv")
     seeds = runs.groupby(["row", "chosen"])["seed"].transform("size")
     draw_parameters(left, runs[seeds > SELECTION_SEEDS])  # not rejected candidates
-    weights = pd.read_csv(TOKEN_WEIGHTS, keep_default_na=False)
-    shortest = weights["pair"].value_counts(sort=False).idxmin()
-    example = weights[weights["pair"] == shortest]
-    draw_token_weights(right.subplots(), example)
+    draw_poolings(right)
     figure.savefig(OVERVIEW.with_suffix(".png"), dpi=150)
 
 
@@ -108,6 +102,25 @@ def draw_parameters(part, runs):
         axes.errorbar("x", "mean", "error", data=rows, fmt="o-", capsize=3, label=name)
     axes.set(xscale="log", xlabel="trainable parameters", ylabel=axis_label("dev_loss"))
     part.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+
+
+def draw_poolings(part):
+    """Test accuracy of each pooling of texts that are encoded alone, and of counting characters."""
+    axes, metric = part.subplots(), "test_accuracy"
+    for name, label in TRAINED.items():
+        path = ROOT / "results" / f"{name}.csv"
+        if not path.is_file():
+            continue
+        runs = pd.read_csv(path)
+        seeds = runs.groupby(["row", "chosen"], dropna=False)["seed"].transform("size")
+        runs = runs[runs["row"].str.match("separate: (?!.*lora)") & (seeds > SELECTION_SEEDS)]
+        means = row_means(runs, metric).rename(lambda row: row.removeprefix("separate: "))
+        points = {"data": means.reset_index(), "fmt": "o", "capsize": 3}
+        axes.errorbar("row", "mean", "error", **points, label=label)
+    counted = pd.read_csv(ROOT / "results" / "baselines-verses.csv")[metric].iloc[-1]
+    axes.axhline(counted, color="0.5", linestyle=":", label="regression on character n-grams")
+    axes.set(xlabel="pooling", ylabel=axis_label(metric))
+    part.legend(*axes.get_legend_handles_labels(), loc="outside lower center")
 
 
 def write_excerpts():

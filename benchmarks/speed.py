@@ -253,7 +253,8 @@ def ratio(table, metric, case, baselines):
         return ""
     best = min(present, key=lambda name: statistics.median(m[metric] for m in table[name]))
     ratios = [a[metric] / b[metric] for a, b in zip(table[case], table[best], strict=True)]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    text = f"{statistics.median(ratios):.2f}"
+    return f"{text} ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else text
 
 
 def report(results, rounds):
@@ -270,7 +271,7 @@ def report(results, rounds):
             ratios.setdefault(f"memory: {heading}", {})[dtype] = memory
     frames = [
         pd.DataFrame(medians).T.rename_axis("case"),
-        pd.DataFrame(ratios).T.rename_axis(f"median of {rounds} rounds (range)"),
+        pd.DataFrame(ratios).T.rename_axis(f"median of {rounds} rounds"),
     ]
     frames[1] = frames[1][frames[1].ne("").any(axis=1)]
     return "\n\n".join(frame.fillna("").to_markdown(disable_numparse=True) for frame in frames)

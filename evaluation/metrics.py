@@ -21,7 +21,8 @@ def language_model_metrics(model: SonnetGPT, dataset: SonnetsDataset) -> Results
     """`loss` (nats per token), `perplexity` and `bits_per_character`, and the losses of the texts.
 
     Bits per character divide the same loss by characters, so that tokenizers are comparable. The
-    frame has the `loss` per token of each text and its number of `tokens`.
+    frame has the `loss` per token of each text and its number of `tokens`. Raises
+    FloatingPointError for a loss that is not finite.
     """
     device = next(model.parameters()).device
     losses = []
@@ -32,7 +33,9 @@ def language_model_metrics(model: SonnetGPT, dataset: SonnetsDataset) -> Results
     texts = pd.DataFrame({"id": dataset.ids, "loss": torch.stack(losses).tolist()})
     texts["tokens"] = dataset.lengths
     # Python floats: torch.load(weights_only=True) rejects NumPy scalars.
-    total = float((texts["loss"] * texts["tokens"]).sum())
+    total = float((texts["loss"] * texts["tokens"]).sum(skipna=False))
+    if not math.isfinite(total):
+        raise FloatingPointError("the loss of a text is not finite; try a smaller --lr")
     loss = total / sum(dataset.lengths)
     metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
     return metrics | {"bits_per_character": total / math.log(2) / dataset.characters}, texts

@@ -1,13 +1,10 @@
-"""Plots: learning curves, token weights of a pooling, and the rows of an experiment."""
+"""Plots: the learning curves of a run, and the rows of an experiment."""
 
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-BLUE, ORANGE = "C0", "C1"
 
 
 def axis_label(metric: str) -> str:
@@ -28,33 +25,11 @@ def draw_curves(folder: Path, title: str, base_loss: float | None = None) -> Non
     for axes, name in zip(panels, names, strict=True):
         axes.set(xlabel="step", ylabel=axis_label(name))
         axes.plot(steps.get(name, epochs.get(name)), ".-", markersize=3, alpha=0.5, label="train")
-    panels[0].plot(epochs["dev_loss"], "o-", color=ORANGE, label="dev")
+    panels[0].plot(epochs["dev_loss"], "o-", color="C1", label="dev")
     if base_loss is not None:
         panels[0].axhline(base_loss, color="0.5", linestyle=":", label="dev, base model")
     panels[0].legend(frameon=False)
     figure.savefig(folder / "curves.png", dpi=150)
-
-
-def draw_attention(path: Path, weights: pd.DataFrame, title: str) -> None:
-    """Bars of token weights, one panel per pair; `weights` has the columns pair, token, weight."""
-    pairs = list(weights.groupby("pair", sort=False))
-    width = max(6, 0.16 * weights["pair"].value_counts().max())
-    figure = Figure((width, 2.3 * len(pairs)), layout="constrained")
-    figure.suptitle(title, parse_math=False)
-    panels = figure.subplots(len(pairs), squeeze=False, sharey=True).flat
-    for axes, (pair, tokens) in zip(panels, pairs, strict=True):
-        draw_token_weights(axes, tokens)
-        axes.set_title(pair, fontsize=8, loc="left", parse_math=False)
-    figure.savefig(path, dpi=150)
-
-
-def draw_token_weights(axes: Axes, weights: pd.DataFrame) -> None:
-    """Bars of the weights of one pair's tokens, as multiples of the mean."""
-    axes.bar(range(len(weights)), weights["weight"], color=BLUE)
-    axes.axhline(1, color="0.5", linestyle=":")
-    tokens = weights["token"].str.replace("\n", "\u21b5")
-    axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=7, parse_math=False)
-    axes.set_ylabel("weight / mean")
 
 
 def draw_experiment(path: str, runs: pd.DataFrame, metrics: list[str]) -> None:

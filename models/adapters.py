@@ -191,9 +191,14 @@ def base_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def base_sha256(module: nn.Module) -> str:
-    """SHA-256 of a GPT-2's own weights in float32, without adapters; identifies the base."""
+    """SHA-256 of a GPT-2's own weights, without adapters; identifies the base."""
+    return weights_sha256(base_weights(module))
+
+
+def weights_sha256(weights: dict[str, Tensor]) -> str:
+    """SHA-256 of named weights in float32."""
     digest = hashlib.sha256()
-    for name, weight in sorted(base_weights(module).items()):
+    for name, weight in sorted(weights.items()):
         values = weight.to("cpu", torch.float32).contiguous()
         digest.update(name.encode() + b"\0")
         digest.update(values.view(torch.uint8).numpy())

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import logging
@@ -75,9 +75,6 @@ def find_model(model: str | Path) -> Path:
         return Path(model)
     if str(model).removeprefix(HUB_ORGANIZATION) not in SIZES:
         raise InputError(f"{model} is neither one of tiny, {', '.join(SIZES)} nor a model folder")
-    cached = try_to_load_from_cache(str(model), "model.safetensors")
-    if isinstance(cached, str):  # without asking the hub, which may not be reachable
-        return Path(cached).parent
     ways = "use --model_size tiny or a model's folder, or set HF_HOME to a cache that has it"
     with input_errors(f"{model} is not in the local cache and cannot be downloaded; {ways}"):
         files = ["*.json", "merges.txt", "model.safetensors"]
@@ -106,11 +103,17 @@ def read_config(folder: Path) -> transformers.GPT2Config:
     return config
 
 
-def end_of_text(config: transformers.GPT2Config, tokenizer: Any) -> int | None:
-    """The first end of text in config.json, or else the tokenizer's, that has an embedding."""
+def end_of_text(config: transformers.GPT2Config, tokenizer: Any) -> int:
+    """The first end of text in config.json, or else the tokenizer's, that has an embedding.
+
+    Raises InputError if there is none.
+    """
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     candidates = [*ends, tokenizer.eos_token_id]
-    return next((end for end in candidates if end in range(config.vocab_size)), None)
+    for end in candidates:
+        if end in range(config.vocab_size):
+            return end
+    raise InputError("config.json and tokenizer name no end of text: set eos_token_id")
 
 
 def read_weights(folder: Path, n_layer: int) -> dict[str, Tensor]:

@@ -48,9 +48,7 @@ class ParaphraseGPT(nn.Module):
         Padding must be on the right, so that GPT-2 needs no mask.
         """
         mask = attention_mask.flatten(0, -2)
-        with torch.set_grad_enabled(not self.is_frozen()):
-            hidden = self.hidden_states(input_ids)
-        return F.cross_entropy(self.classify(hidden, mask), labels)
+        return F.cross_entropy(self.classify(self.hidden_states(input_ids), mask), labels)
 
     def is_frozen(self) -> bool:
         """Whether only pooling and head are trained."""

@@ -160,7 +160,7 @@ class WrittenOutAttention(DotProductAttention):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """As in DotProductAttention."""
         p = self.dropout if self.training else 0.0
-        fused_is_slow = p > 0 or (torch.is_grad_enabled() and query.dtype == torch.bfloat16)
+        fused_is_slow = p > 0 or (query.requires_grad and query.dtype == torch.bfloat16)
         if not fused_is_slow or mask is not None or query.shape != key.shape:
             return super().forward(query, key, value, mask)
         tokens, head_width = query.shape[2:]

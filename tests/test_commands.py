@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from small_runs import HEADER, KINDS, SCRIPTS, arguments, command, make_files, run
 
-from config import ROOT, TrainConfig
+from config import ROOT, InputError, TrainConfig
 from datasets import read_pairs, read_sonnets
 from evaluation.metrics import classification_metrics
 from evaluation.sonnet_form import chrf
@@ -61,7 +61,7 @@ def test_a_run_leaves_its_files(trained, kind):
     weights = {"full": "best/model.safetensors", "lora": "best/adapter_model.safetensors"}
     expected = FILES | {weights[method]}
     if task == "paraphrases":
-        expected |= {"best/head.safetensors", "attention.csv", "attention.png"}
+        expected |= {"best/head.safetensors"}
     assert names(folder) >= expected
     assert not names(folder) & set(weights.values()) - expected
     summary = summary_of(folder)
@@ -182,6 +182,17 @@ def test_an_adapter_is_trained_further(trained, files, tmp_path, method):
     if method == "lora":
         adapter = json.loads(read(folder / "best" / "adapter_config.json"))
         assert adapter["base_model_name_or_path"] == str(files / "model")
+        more[0] = f"--model_size={folder / 'best'}"  # an adapter of the same base
+        with pytest.raises(InputError, match="has another start_sha256"):
+            run(files, "sonnets-lora", folder, *more, "--resume")
+
+
+def test_config_records_the_settings_of_a_saved_model(trained, files, tmp_path):
+    """Options that it does not follow are not recorded."""
+    more = ["--pooling=last", "--lora_rank=7", "--epochs=0"]
+    more.append(f"--model_size={trained['paraphrases-lora'] / 'best'}")
+    config = json.loads(read(run(files, "paraphrases-lora", tmp_path, *more) / "config.json"))
+    assert (config["pooling"], config["lora_rank"]) == ("generalized", 4)
 
 
 @pytest.mark.parametrize("kind", ["paraphrases-full", "paraphrases-lora"])

@@ -41,6 +41,11 @@ def test_language_model_metrics(gpt):
     assert metrics == pytest.approx(expected, rel=1e-5)
     assert texts["loss"].tolist() == pytest.approx(losses, rel=1e-5)
     assert (texts["id"].tolist(), texts["tokens"].sum()) == ([0, 1, 2, 3], tokens)
+    model = SonnetGPT(gpt)
+    values = iter([1.0, math.nan, 1.0, 1.0])
+    model.loss = lambda **batch: torch.tensor(next(values))
+    with pytest.raises(FloatingPointError, match="the loss of a text is not finite"):
+        m.language_model_metrics(model, data)
 
 
 def test_classification_metrics_by_hand():

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ class Trainer:
         while len(self.epochs) < config.epochs:
             epoch = len(self.epochs)
             if 0 < config.patience <= epoch - best_epoch(self.epochs, metric):
-                print(f"stopped early: {config.patience} epochs without a better {metric}")
+                shown = metric.replace("_", " ")
+                print(f"stopped early: {config.patience} epochs without a better {shown}")
                 break
             batches = self.dataset.batches(step_size, config.seed, epoch)
             first, total = epoch * len(batches), config.epochs * len(batches)
@@ -126,11 +128,13 @@ class Trainer:
     def read_losses(self) -> None:
         """Replace losses and gradient norms of steps, which are on the device, by numbers.
 
-        Raises FloatingPointError if one is not finite, unless float16 scaling skipped the step.
+        Raises FloatingPointError if one is not finite, unless float16 scaling skipped the step and
+        can still become smaller.
         """
+        may_skip = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
         for step in self.steps[-LOG_STEPS:]:
             loss, norm = float(step["loss"]), float(step["gradient_norm"])
-            if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+            if not math.isfinite(loss) or not (math.isfinite(norm) or may_skip):
                 raise FloatingPointError(f"loss {loss}, gradient norm {norm}; try a smaller --lr")
             step |= {"loss": loss, "gradient_norm": norm}
 
@@ -177,16 +181,13 @@ class Trainer:
             with atomic_path(self.run / "best") as path:
                 self.task.save(path)
 
-    def load(self) -> dict[str, Any] | None:
-        """The resume state, or None."""
-        path = self.run / "state.pt"
-        return torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
-
     def restore(self) -> None:
         """Continue from the resume state of the main process, if the run has one."""
-        state = distributed.from_main(self.load)
-        if state is None:
+        path = self.run / "state.pt"
+        if not distributed.from_main(path.exists):
             return
+        load = partial(torch.load, path, weights_only=True, map_location="cpu")
+        state = distributed.from_main(load)
         self.epochs, self.steps, self.seconds = state["epochs"], state["steps"], state["seconds"]
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
@@ -194,7 +195,7 @@ class Trainer:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019). Only the matrices of linear layers decay, as in GPT-2."""
+    """AdamW (Loshchilov and Hutter 2019). Only matrices of linear layers decay, as in minGPT."""
     matrices = {part.weight for part in model.modules() if isinstance(part, nn.Linear)}
     trained = [p for p in model.parameters() if p.requires_grad]
     decay = {"weight_decay": config.weight_decay, "params": [p for p in trained if p in matrices]}

@@ -37,7 +37,7 @@ def open_run(task: str, name: str, settings: dict[str, Any]) -> Path:
     named = settings["out_dir"]
     folder = Path(named) if named else choose_folder(Path("runs", task, name), settings["resume"])
     lock(folder)
-    for leftover in folder.glob(".*.tmp"):  # of a process that was killed
+    for leftover in folder.glob(".unfinished-*"):  # of a process that was killed
         shutil.rmtree(leftover)
     path = folder / "config.json"
     now = environment()
@@ -77,7 +77,7 @@ def lock(folder: Path) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path, whose file or folder replaces `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as folder:
         fresh = Path(folder, path.name)
         yield fresh
         if path.is_dir():

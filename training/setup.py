@@ -13,7 +13,7 @@ from datasets import TextDataset
 from evaluation.metrics import Results, metrics_table
 from evaluation.plots import draw_curves
 from lora import apply_lora, backbone, lora_layers, merge_lora
-from models.adapters import base_sha256
+from models.adapters import base_sha256, weights_sha256
 from speed.training import speed_up
 from training import distributed
 from training.loop import Task, Trainer, best_epoch
@@ -31,6 +31,8 @@ def prepare(model: nn.Module, options: Namespace, hardware: Hardware) -> None:
         merge_lora(gpt).requires_grad_(options.method == "full")
     elif not lora_layers(gpt):
         apply_lora(gpt, from_options(LoRAConfig, options, prefix="lora_"))
+    for layer in lora_layers(gpt).values():  # config.json records what the adapter has
+        vars(options).update({f"lora_{name}": value for name, value in vars(layer.config).items()})
     if options.dropout is not None:
         gpt.dropout.p = options.dropout
         for layer in gpt.layers:
@@ -52,8 +54,9 @@ def make_folder(
     inputs = {
         "data_sha256": {name: file_sha256(values[name]) for name in FILE_OPTIONS if name in values},
         "model_sha256": base_sha256(model),
+        "start_sha256": weights_sha256(model.state_dict()),  # with adapter, pooling and head
         "model_config": vars(backbone(model).config),
-        "dtype": str(hardware.dtype).removeprefix("torch."),
+        "dtype": hardware.dtype_name,
         "device_type": hardware.device.type,
         "processes": distributed.world_size(),
     }
@@ -68,7 +71,7 @@ def train(
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{trainable:,} of {total:,} parameters are trained with learning rate {options.lr:g}")
-    print(f"precision {hardware.dtype} on {hardware.device}, in {run}")
+    print(f"{hardware.dtype_name} on {hardware.device}, in {run}")
     epochs = Trainer(model, task, from_options(TrainConfig, options), run, hardware).train()
     best = best_epoch(epochs, task.metric)
     summary = {"task": options.task, "model": options.model_size, "method": options.method}
