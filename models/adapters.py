@@ -130,7 +130,7 @@ def read_adapter(gpt: GPT2Model, folder: Path) -> tuple[LoRAConfig, Matrices]:
         tensors, note = read_tensors(folder / WEIGHTS_FILE)
         if note.get("base_sha256", base) != base:
             raise InputError(f"its base {settings['base_model_name_or_path']} has another SHA-256")
-        matrices, common = {}, settings["lora_alpha"] / settings["r"] or 1.0
+        matrices, common = {}, (settings["lora_alpha"] / settings["r"]) or 1.0  # alpha may be 0
         for layer in range(gpt.config.n_layer):
             for theirs, ours in CONV1D_LAYERS.items():
                 key = f"h.{layer}.{theirs}"

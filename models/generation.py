@@ -82,8 +82,8 @@ def sample(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> Tensor:
     (0: all): of these, the fewest whose probability reaches `top_p` are kept. Temperature 0 is
     greedy. Nothing is sorted, which would take as long as the model (rejection sampling, as in
     FlashInfer by Ye et al. 2025): a token that is drawn outside of the nucleus is rejected, and
-    the next one is drawn from the more probable tokens only. Raises FloatingPointError for logits
-    that are not finite.
+    each draw is from the tokens that are more probable than the one before. Raises
+    FloatingPointError for logits that are not finite.
     """
     if not logits.isfinite().all():
         raise FloatingPointError("the logits are not finite; train or download the model again")

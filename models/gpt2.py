@@ -46,6 +46,7 @@ class GPT2Model(nn.Module):
         """
         tokens, cached = input_ids.shape[1], 0 if cache is None else cache.length
         total, limit = cached + tokens, self.config.n_positions
+        # In a batch of prompts with padding, which takes no position, total may exceed the limit.
         if total > limit and (attention_mask is None or cache is None):
             raise InputError(f"{total} tokens, but the model has {limit} positions: shorten it")
         key = torch.arange(total, device=input_ids.device)
@@ -56,7 +57,7 @@ class GPT2Model(nn.Module):
                 attention_mask = torch.ones(len(input_ids), total, device=input_ids.device)
             real, query = attention_mask.bool(), key[cached:, None]
             # A padding token attends to itself: a row without any key would be NaN.
-            mask = (key <= query) & real[:, None, None] | (key == query)  # (B, 1, T, cached + T)
+            mask = ((key <= query) & real[:, None, None]) | (key == query)  # (B, 1, T, cached + T)
             positions = (real.cumsum(1) - 1).clamp(min=0)[:, cached:]
             real = real[:, cached:]
         x = self.dropout(self.token_embedding(input_ids) + self.position_embedding(positions))

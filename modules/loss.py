@@ -19,7 +19,7 @@ class VocabularyLoss(nn.Module):
     """
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """(..., C) and (V, C) -> (..., V)."""
+        """(..., C) and (V, C) -> (..., V); a method, so that speed/ can override it."""
         return F.linear(hidden, weight)
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
