@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,22 @@ def test_another_run_is_not_resumed(tmp_path, name):
     with pytest.raises(InputError, match=f"has (another |--){name} .*, not x"):
         start(tmp_path, resume=True, **other)
     assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_the_commit_says_whether_code_was_edited(tmp_path, monkeypatch):
+    """A table of results that is written again is not code."""
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    assert runs.environment()["commit"] is None
+    for name in ("code.py", "table.csv"):
+        (tmp_path / name).write_text("1")
+    author = ["-c", "user.name=a", "-c", "user.email=a"]
+    for command in (["init"], ["add", "."], [*author, "commit", "-m", "a"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)
+    (tmp_path / "table.csv").write_text("2")
+    commit = runs.environment()["commit"]
+    assert re.fullmatch("[0-9a-f]{12}", commit)
+    (tmp_path / "code.py").write_text("2")
+    assert runs.environment()["commit"] == f"{commit}+"
 
 
 def test_other_code_and_packages_are_noted(tmp_path, monkeypatch, capsys):

@@ -100,11 +100,11 @@ def write_csv(path: Path, records: list[dict[str, Any]] | pd.DataFrame) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """The packages and the commit, with a + if tracked files were edited; None without git."""
-    command = 'git describe --always --dirty=+ --exclude="*" --abbrev=12'
+    """The packages and the commit, with a + if code was edited; None without git."""
+    command = 'git rev-parse --short=12 HEAD && (git diff --quiet HEAD -- "*.py" || echo +)'
     git = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
     packages = {package: importlib.metadata.version(package) for package in PACKAGES}
-    return {"commit": git.stdout.strip() or None, "packages": packages}
+    return {"commit": "".join(git.stdout.split()) or None, "packages": packages}
 
 
 def file_sha256(path: str | Path) -> str:
