@@ -43,7 +43,7 @@ def read_table(path: str | Path, delimiter: str, columns: tuple[str, ...]) -> pd
     reader = csv.reader(io.StringIO(text), delimiter=delimiter, quoting=quoting, strict=True)
     records = {}  # by the line that each ends in
     try:
-        header = next(reader, [])
+        header = next(filter(None, reader), [])
         for record in filter(None, reader):
             records[reader.line_num] = record
             if len(record) != len(header):
@@ -52,7 +52,7 @@ def read_table(path: str | Path, delimiter: str, columns: tuple[str, ...]) -> pd
                 raise csv.Error("a field contains a tab")  # a stray quote has joined fields
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: {error}; is a quote missing?") from error
-    for name in columns:
+    for name in (*columns, *{"is_duplicate"}.intersection(header)):
         if header.count(name) != 1:
             raise InputError(f"{path} has no column {name}, or several: {str(header)[:200]}")
     return pd.DataFrame(list(records.values()), list(records), header, dtype=str)
@@ -86,7 +86,7 @@ def read_sonnets(path: str | Path) -> pd.DataFrame:
     texts = sonnets["text"].str.replace(r"(?m)[ \t]+$", "", regex=True).str.strip("\n")
     sonnets = pd.DataFrame({"id": sonnets["id"].map(int), "text": texts}).reset_index(drop=True)
     check_unique(path, sonnets["id"])
-    for number in sonnets["id"][sonnets["text"].eq("")]:
+    for number in sonnets["id"][texts.str.strip().eq("").to_numpy()]:
         raise InputError(f"{path}: sonnet {number} is empty; complete it")
     return sonnets
 

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from config import ROOT, InputError
-from datasets import PairsDataset, make_pairs, read_pairs, read_text
+from datasets import PairsDataset, check_unique, make_pairs, read_pairs, read_text
 from evaluation.metrics import classification_metrics, metrics_table, pair_metrics
 from models.adapters import load_model
 from models.paraphrase_gpt import ANSWERS, HEAD_FILE, ParaphraseGPT
@@ -59,16 +59,17 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     if not (options.para_train or options.para_dev or options.para_test):
         for split, name in DATASETS[options.dataset].items():
             vars(options)[f"para_{split}"] = str(ROOT / "data" / name)
+    opt.check_files(options)
     return options
 
 
 def main(options: Namespace) -> None:
-    if options.score:
+    if options.score is not None:
         print(metrics_table(score(options)))
         return
     hardware = opt.choose_hardware(options.device, options.dtype)
     torch.manual_seed(options.seed)
-    if options.predict:
+    if options.predict is not None:
         predict_only(options, hardware)
         return
 
@@ -144,7 +145,9 @@ def score(options: Namespace) -> dict[str, float]:
     """The metrics of a file of predictions, without a model."""
     labels = read_split(options, "dev").dropna(subset="label").set_index("id")["label"]
     line = r"^ *(.*\S) *, *(0|1|3919|8505) *$"  # the tokens of no and yes count, too
-    answers = dict(re.findall(line, read_text(options.score), re.MULTILINE))
+    rows = re.findall(line, read_text(options.score), re.MULTILINE)
+    check_unique(options.score, pd.Series([name for name, _ in rows]))
+    answers = dict(rows)
     missing = labels.index.difference(answers)
     if len(missing):
         raise InputError(f"{options.score} has no 0 or 1 for {len(missing)} ids, as {missing[0]}")
@@ -159,7 +162,7 @@ def predict_only(options: Namespace, hardware: opt.Hardware) -> None:
     if options.pair:
         frames = {"given": make_pairs(options.pair)}
     else:
-        splits = [split for split in ("dev", "test") if vars(options)[f"para_{split}"]]
+        splits = [split for split in ("dev", "test") if vars(options)[f"para_{split}"]] or ["dev"]
         frames = {split: read_split(options, split) for split in splits}
     datasets = {name: load_pairs(frame, name, model) for name, frame in frames.items()}
     metrics, results = setup.evaluate(pair_metrics, hardware, model, datasets)

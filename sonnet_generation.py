@@ -42,16 +42,17 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     add("--score", metavar="FILE", help="no model: metrics of generated sonnets against test")
     options = opt.parse(parser, arguments, REPORT, TINY_RATES)
     opt.from_options(SamplingConfig, options)  # or bad values would be found after training
+    opt.check_files(options)
     return options
 
 
 def main(options: Namespace) -> None:
-    if options.score:
+    if options.score is not None:
         print(metrics_table(score(options)))
         return
     hardware = opt.choose_hardware(options.device, options.dtype)
     torch.manual_seed(options.seed)
-    if options.generate:
+    if options.generate is not None:
         generate_only(options, hardware)
         return
 

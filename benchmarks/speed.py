@@ -89,6 +89,8 @@ def model_folder(model):
     """The folder of this name, or one with random weights of this size, which is made once."""
     if Path(model).is_dir():
         return Path(model)
+    if model not in SIZES:
+        sys.exit(f"{model} is neither a folder nor one of {', '.join(SIZES)}")
     folder = ROOT / "benchmarks" / "cache" / model
     if not (folder / "tokenizer.json").is_file():
         torch.manual_seed(0)
@@ -204,7 +206,7 @@ def prompts():
 def our_generation(folder, kind, hardware):
     """The script's generation; no text ends early."""
     model = SonnetGPT(GPT2Model.from_pretrained(folder)).to(hardware.device)
-    model.gpt.config = GPT2Config(**(vars(model.gpt.config) | {"eos_token_id": None}))
+    model.gpt.end_of_text = None
     if kind == "ours":
         model = speed_up_decoding(model, hardware.dtype, rows=12)
     settings = {"temperature": 1.2, "top_p": 0.9, "max_lines": 0}
@@ -283,7 +285,7 @@ def main():
     )
     add = parser.add_argument
     add("model", nargs="?", default="gpt2", help="a model's folder, or the size of a random one")
-    add("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    add("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     add("--rounds", type=int, default=5)
     add("--cases", nargs="+", default=["main"], help="main, parts, or words of the cases' names")
     add("--out", type=Path, help="a Markdown file; default in benchmarks/results")
@@ -299,6 +301,8 @@ def main():
     cases = CASES.get(options.cases[0]) or [
         c for c in known if set(options.cases) <= set(c.split())
     ]
+    if not cases:
+        parser.error(f"no case has the words {options.cases}; cases are {known}")
     results = {dtype: {} for dtype in options.dtypes}
     for number in range(1, options.rounds + 1):
         for dtype in options.dtypes:

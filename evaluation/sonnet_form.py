@@ -17,7 +17,6 @@ from datasets import GIVEN_LINES, continuation, sonnet_prompt, verse_lines
 from models.generation import Continuation, first_lines
 
 RHYMING_LINES = ((1, 3), (4, 6), (5, 7), (8, 10), (9, 11), (12, 13))  # ABAB CDCD EFEF GG without A
-LINES = 14
 RANDOM_SAMPLES = 20
 
 
@@ -39,7 +38,7 @@ def sonnet_metrics(
         baseline.append(sonnet_prompt(text) + "\n".join(lines))
     metrics = {f"{split}_ended": float(np.mean([text.ended for text in texts]))}
     finished = [text if ended else text.rpartition("\n")[0] for text, ended in texts]
-    limited = [first_lines(text.text, LINES) for text in texts]  # as in the files
+    limited = [first_lines(text.text, 14) for text in texts]  # as in the files
     sources = {"": (finished, limited), "gold_": (references,) * 2, "random_": (baseline,) * 2}
     for source, (whole, sonnets) in sources.items():
         targets = references * (len(sonnets) // len(references))

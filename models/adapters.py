@@ -103,8 +103,8 @@ def load_model(folder: str | Path) -> GPT2Model:
     if not (Path(folder) / CONFIG_FILE).is_file():
         return GPT2Model.from_pretrained(folder)
     base = read_settings(Path(folder)).get("base_model_name_or_path") or ""
-    inside = ROOT / base  # paths inside of the project are relative to it
     with input_errors(f"{folder} is an adapter of the base model {base!r}"):
+        inside = ROOT / base  # paths inside of the project are relative to it
         gpt = GPT2Model.from_pretrained(inside if (inside / "config.json").is_file() else base)
     return load_adapter(gpt, folder)
 

@@ -20,6 +20,7 @@ class GPT2Model(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.config = config
+        self.end_of_text = config.eos_token_id  # the token that ends training texts and generation
         self.gradient_checkpointing = False
         self.name: str | None = None  # a size name or folder, with which others load this model
         self.tokenizer: Any = None  # of transformers, from the same folder
@@ -74,11 +75,6 @@ class GPT2Model(nn.Module):
     def hidden_state_to_token(self, hidden: Tensor) -> Tensor:
         """Logits over the vocabulary, (..., C) -> (..., V), with the tied embedding."""
         return F.linear(hidden, self.token_embedding.weight)
-
-    @property
-    def end_of_text(self) -> int | None:
-        """The token that ends training texts and stops generation."""
-        return self.config.eos_token_id
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text; a special token's name in a text is ordinary text.

@@ -21,7 +21,6 @@ from config import ROOT, GPT2Config, InputError
 from models.gpt2 import GPT2Model
 
 logging.set_verbosity(logging.CRITICAL)  # errors are reported as InputError
-logging.disable_progress_bar()
 BUNDLED_MODEL = ROOT / "data" / "tiny-gpt2"
 SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUB_ORGANIZATION = "openai-community/"  # the hub's `gpt2` redirects here

@@ -38,12 +38,12 @@ def speed_up_decoding(model: SonnetGPT, dtype: torch.dtype, rows: int) -> Sonnet
 class PackedLinear(nn.Module):
     """x W^T + b without gradients, with a copy of W that is packed for about `rows` rows.
 
-    Processors without AVX-512 pack no bfloat16; the copy is float32 there.
+    The copy is float32 for float16, and on processors without AVX-512, which pack no bfloat16.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, rows: int) -> None:
         super().__init__()
-        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if dtype == torch.float16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             dtype = torch.float32
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), rows)
         self.bias = None if bias is None else bias.detach().to(dtype)

@@ -26,6 +26,9 @@ FILES = {
     "badlabel.csv": HEADER.encode() + b"a\tx\ty\t2\n",
     "predictions.csv": b"id\np0, maybe\n",
     "few.csv": b"id\np0, 1\n",
+    "twice.csv": b"id\np0, 1\np0, 0\n",
+    "labels.csv": HEADER.replace("\n", "\tis_duplicate\n").encode() + b"a\tx\ty\t1\t0\n",
+    "blank.txt": b"1\n\xe3\x80\x80\n",  # an ideographic space
 }
 
 
@@ -59,6 +62,14 @@ OPTIONS = [
     (BOTH, "--use_gpu", "there is no device cuda:0 here"),
     (BOTH, "--model_size=gpt3", "gpt3 is neither one of tiny, gpt2, .* nor a model folder"),
     ("sonnets", "--sonnet_out={}/sonnets.txt", "--sonnet_out .*sonnets.txt is an input"),
+    ("sonnets", "--sonnet_out={}/model", "--sonnet_out .*model is .* a folder"),
+    ("sonnets", "--sonnet_out=", "--sonnet_out .* is .* a folder"),
+    ("paraphrases", "--para_dev_out=x --para_test_out=x", "--para_test_out .*x is .* taken"),
+    ("sonnets", "--prompt=a", "--prompt needs --generate DIR, a trained model"),
+    ("paraphrases", "--pair a b", "--pair needs --predict DIR, a trained model"),
+    ("sonnets", "--sonnet_path={}/blank.txt", "blank.txt: sonnet 1 is empty"),
+    ("paraphrases", "--para_test={}/labels.csv", "no column is_duplicate, or several"),
+    ("paraphrases", "--score={}/twice.csv", "twice.csv: the id p0 occurs more than once"),
     (BOTH, "--out_dir={}/file/below", "below is a file, or another process writes it"),
     ("sonnets", "--temperature=-1", "temperature must be at least 0 and below inf, not -1.0"),
     ("sonnets", "--sonnet_path=absent.csv", "absent.csv cannot be read .*: .*No such file"),
@@ -133,6 +144,7 @@ def test_incomplete_data_sets(tmp_path, monkeypatch, capsys):
             "quora-train.csv cannot be read",
         ),
         (f"--para_train={ROOT / 'data' / 'verses-dev.csv'}", "--para_dev is missing; name all"),
+        (f"--para_dev_out={tmp_path}/data/verses-test.csv", "verses-test.csv is an input"),
     ):
         assert re.match(f"error: .*{message}", stop("paraphrases", given.split(), capsys)[1])
 

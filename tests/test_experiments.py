@@ -131,6 +131,10 @@ def test_without_continue_a_table_starts_afresh(task, tmp_path):
     del after["fake-texts.csv.gz"]  # a compressed file names itself
     assert after == before
     assert pd.read_csv(tmp_path / "results" / "fake-texts.csv.gz").equals(texts)
+    for name in ("fake.csv", "fake-texts.csv.gz"):  # as if it was interrupted at once
+        pd.read_csv(tmp_path / "results" / name)[:0].to_csv(tmp_path / "results" / name)
+    run()
+    assert (tmp_path / "results" / "before-fake.csv").read_bytes() == before["fake.csv"]
 
 
 def test_continue_keeps_finished_runs(task, tmp_path, monkeypatch):
@@ -227,7 +231,7 @@ def test_chosen_rows_and_options_have_files_of_their_own(task, tmp_path):
     """Part of a table does not replace the whole one; words that match nothing are an error."""
     assert run("--rows", "tw", "x", "--seeds", "1", "--data", "b/a", "--lr", "1") == 0
     assert task() == ["2 11711"]  # the option of the row counts
-    report = (tmp_path / "results" / "fake-tw-x-data-a-lr-1.md").read_text("utf-8")
+    report = (tmp_path / "results" / "fake-tw-x-data-b-a-lr-1.md").read_text("utf-8")
     assert "| verdict" not in report  # a single row is compared with nothing
     with pytest.raises(InputError, match="no row of fake"):
         run("--rows", "three")

@@ -166,8 +166,10 @@ def test_a_packed_layer_equals_the_plain_one(bias, dtype):
     """For any number of rows; outputs are float32."""
     layer = nn.Linear(32, 48, bias).requires_grad_(False)
     packed = PackedLinear(layer.weight, layer.bias, dtype, 3)
+    half = PackedLinear(layer.weight, layer.bias, torch.float16, 3)  # is float32
     for rows in (random(3, 1, 32), random(7, 5, 32)):
         assert_close(packed(rows), layer(rows), **TOLERANCE[dtype])
+        assert_close(half(rows), layer(rows), **TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])

@@ -65,8 +65,7 @@ class Trainer:
         while len(self.epochs) < config.epochs:
             epoch = len(self.epochs)
             if 0 < config.patience <= epoch - best_epoch(self.epochs, metric):
-                shown = metric.replace("_", " ")
-                print(f"stopped early: {config.patience} epochs without a better {shown}")
+                print(f"stopped early: {config.patience} epochs without a better model")
                 break
             batches = self.dataset.batches(step_size, config.seed, epoch)
             first, total = epoch * len(batches), config.epochs * len(batches)

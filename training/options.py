@@ -80,12 +80,24 @@ def parse(
     if options.lr is None:
         options.lr = rates["lora" if options.method == "lora" else "full"]
     from_options(TrainConfig, options)  # or bad values would be found later
-    values = vars(options)
-    inputs = [Path(values[name]).resolve() for name in FILE_OPTIONS if values.get(name)]
-    for name in OUTPUT_OPTIONS:
-        if name in values and Path(values[name]).resolve() in inputs:
-            raise InputError(f"--{name} {values[name]} is an input; name another file")
     return options
+
+
+def check_files(options: Namespace) -> None:
+    """Raise InputError for an output that would replace an input, a folder or another output.
+
+    Own texts need the model that reads them.
+    """
+    values = vars(options)
+    for given, needed in (("prompt", "generate"), ("pair", "predict")):
+        if values.get(given) and values[needed] is None:
+            raise InputError(f"--{given} needs --{needed} DIR, a trained model")
+    taken = [Path(values[name]).resolve() for name in FILE_OPTIONS if values.get(name)]
+    for name in [name for name in OUTPUT_OPTIONS if name in values]:
+        path = Path(values[name]).resolve()
+        if path in taken or path.is_dir():
+            raise InputError(f"--{name} {path} is an input, a folder or taken; name another file")
+        taken.append(path)
 
 
 def is_tiny(model: str) -> bool:
@@ -99,10 +111,6 @@ class Hardware:
 
     device: torch.device
     dtype: torch.dtype
-
-    @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
 
     def autocast(self) -> torch.autocast:
         """A context in which matrix multiplications have `dtype`; sums and norms stay float32."""

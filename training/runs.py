@@ -1,7 +1,6 @@
 """The folder of a run: its settings, the resume state, the best model and the results."""
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -46,13 +45,15 @@ def open_run(task: str, name: str, settings: dict[str, Any]) -> Path:
         old = json.loads(path.read_text("utf-8"))
         if not settings["resume"]:
             raise InputError(f"{folder} holds a run: --resume it, or name another --out_dir")
-        for key in settings.keys() - NOT_COMPARED:
-            if old.get(key) != config[key]:
+        for key in settings:
+            if key not in NOT_COMPARED and old.get(key) != config[key]:
                 values = f"{old.get(key)}, not {config[key]}"
                 raise InputError(f"{folder} has another {key} ({values}): cannot resume it")
         if any(old[key] != value for key, value in now.items()):
             print("note: resumed with other code or packages")
         config["resumed"] = [*old.get("resumed", []), old["commit"]]
+    elif (folder / "best").exists():
+        raise InputError(f"{folder}/best is not of a run; name another --out_dir")
     write_json(path, config)
     return folder
 
@@ -80,8 +81,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as folder:
         fresh = Path(folder, path.name)
         yield fresh
-        if path.is_dir():
-            shutil.rmtree(path)
+        if fresh.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
         fresh.replace(path)
 
 
@@ -105,7 +106,3 @@ def environment() -> dict[str, Any]:
     git = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
     packages = {package: importlib.metadata.version(package) for package in PACKAGES}
     return {"commit": "".join(git.stdout.split()) or None, "packages": packages}
-
-
-def file_sha256(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from speed.training import speed_up
 from training import distributed
 from training.loop import Task, Trainer, best_epoch
 from training.options import Hardware, from_options
-from training.runs import FILE_OPTIONS, file_sha256, open_run, write_csv, write_json, write_text
+from training.runs import FILE_OPTIONS, open_run, write_csv, write_json, write_text
 
 Measure = Callable[[nn.Module, TextDataset], Results]
 Outputs = dict[str, str]  # path of predictions -> text
@@ -51,12 +52,13 @@ def make_folder(
     """Open the run's folder in the main process; `variant` is a part of its name."""
     values = vars(options)
     words = [Path(options.model_size).name, *variant, options.method, f"seed{options.seed}"]
+    data = {name: Path(values[name]).read_bytes() for name in FILE_OPTIONS if name in values}
     inputs = {
-        "data_sha256": {name: file_sha256(values[name]) for name in FILE_OPTIONS if name in values},
+        "data_sha256": {name: sha256(content).hexdigest() for name, content in data.items()},
         "model_sha256": base_sha256(model),
         "start_sha256": weights_sha256(model.state_dict()),  # with adapter, pooling and head
         "model_config": vars(backbone(model).config),
-        "dtype": hardware.dtype_name,
+        "dtype": str(hardware.dtype).removeprefix("torch."),
         "device_type": hardware.device.type,
         "processes": distributed.world_size(),
     }
@@ -71,7 +73,7 @@ def train(
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{trainable:,} of {total:,} parameters are trained with learning rate {options.lr:g}")
-    print(f"{hardware.dtype_name} on {hardware.device}, in {run}")
+    print(f"{str(hardware.dtype).removeprefix('torch.')} on {hardware.device}, in {run}")
     epochs = Trainer(model, task, from_options(TrainConfig, options), run, hardware).train()
     best = best_epoch(epochs, task.metric)
     summary = {"task": options.task, "model": options.model_size, "method": options.method}

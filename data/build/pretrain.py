@@ -4,6 +4,7 @@ python data/build/pretrain.py   # about 30 million tokens; --resume continues an
 """
 
 import argparse
+import hashlib
 import math
 import shutil
 import sys
@@ -26,7 +27,7 @@ from models.hugging_face import BUNDLED_MODEL
 from models.sonnet_gpt import SonnetGPT
 from training.loop import Task, Trainer
 from training.options import choose_hardware, exit_cleanly
-from training.runs import file_sha256, open_run
+from training.runs import open_run
 
 CORPUS = ROOT / "data" / "cache" / "corpus"
 STEPS = 246  # per epoch: 1.008 million tokens
@@ -119,7 +120,8 @@ def main(options: Namespace) -> None:
 
     # Data and model
     hardware = choose_hardware()
-    hashes = {name: file_sha256(options.corpus / f"{name}.npy") for name in SHARES}
+    contents = {name: (options.corpus / f"{name}.npy").read_bytes() for name in SHARES}
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     compared = {"epochs": options.epochs, "lr": options.lr}
     paths = {"resume": options.resume, "out_dir": options.out_dir}
     run = open_run("pretrain", "tiny", compared | paths | {"data_sha256": hashes})
