@@ -116,10 +116,11 @@ def draw_poolings(part):
         runs = runs[runs["row"].str.match("separate: (?!.*lora)") & (seeds > SELECTION_SEEDS)]
         means = row_means(runs, metric).rename(lambda row: row.removeprefix("separate: "))
         points = {"data": means.reset_index(), "fmt": "o", "capsize": 3}
-        axes.errorbar("row", "mean", "error", **points, label=label)
+        axes.errorbar("mean", "row", xerr="error", **points, label=label)
     counted = pd.read_csv(ROOT / "results" / "baselines-verses.csv")[metric].iloc[-1]
-    axes.axhline(counted, color="0.5", linestyle=":", label="regression on character n-grams")
-    axes.set(xlabel="pooling", ylabel=axis_label(metric))
+    axes.axvline(counted, color="0.5", linestyle=":", label="regression on character n-grams")
+    axes.set_xlabel(axis_label(metric))
+    axes.invert_yaxis()
     part.legend(*axes.get_legend_handles_labels(), loc="outside lower center")
 
 
