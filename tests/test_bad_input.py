@@ -139,10 +139,7 @@ def test_incomplete_data_sets(tmp_path, monkeypatch, capsys):
     """A set is not completed with the files of another."""
     monkeypatch.setattr(SCRIPTS["paraphrases"], "ROOT", tmp_path)
     for given, message in (
-        (
-            "--dataset=quora",
-            "quora-train.csv cannot be read",
-        ),
+        ("--dataset=quora", "quora-train.csv cannot be read"),
         (f"--para_train={ROOT / 'data' / 'verses-dev.csv'}", "--para_dev is missing; name all"),
         (f"--para_dev_out={tmp_path}/data/verses-test.csv", "verses-test.csv is an input"),
     ):

@@ -34,17 +34,14 @@ def test_a_named_folder_is_used_once(tmp_path):
     assert (tmp_path / "a" / "config.json").read_bytes() == before
 
 
-def test_a_folder_with_other_files_is_not_used(tmp_path):
+def test_folders_of_others_are_not_replaced(tmp_path):
+    """Neither a best/ without config.json nor, by a file, any folder."""
     (tmp_path / "best").mkdir()
     with pytest.raises(InputError, match="best is not of a run; name another --out_dir"):
         start(tmp_path)
-
-
-def test_a_file_does_not_replace_a_folder(tmp_path):
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError, match="folder"):
-        write_text(tmp_path / "folder", "a")
-    assert (tmp_path / "folder").is_dir()
+    with pytest.raises(OSError, match="best"):
+        write_text(tmp_path / "best", "a")
+    assert (tmp_path / "best").is_dir()
 
 
 def test_a_repeated_command_has_a_folder_of_its_own(tmp_path, monkeypatch):
