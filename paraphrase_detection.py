@@ -59,7 +59,7 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     if not (options.para_train or options.para_dev or options.para_test):
         for split, name in DATASETS[options.dataset].items():
             vars(options)[f"para_{split}"] = str(ROOT / "data" / name)
-    opt.check_files(options)
+    opt.check_options(options)
     return options
 
 

@@ -42,7 +42,7 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     add("--score", metavar="FILE", help="no model: metrics of generated sonnets against test")
     options = opt.parse(parser, arguments, REPORT, TINY_RATES)
     opt.from_options(SamplingConfig, options)  # or bad values would be found after training
-    opt.check_files(options)
+    opt.check_options(options)
     return options
 
 

@@ -83,10 +83,10 @@ def parse(
     return options
 
 
-def check_files(options: Namespace) -> None:
-    """Raise InputError for an output that would replace an input, a folder or another output.
+def check_options(options: Namespace) -> None:
+    """Raise InputError for options that do not go together.
 
-    Own texts need the model that reads them.
+    Own texts need a model, and no output may replace an input, a folder or another output.
     """
     values = vars(options)
     for given, needed in (("prompt", "generate"), ("pair", "predict")):
