@@ -67,11 +67,11 @@ def format_interval(interval: Interval) -> str:
 
 
 def format_values(values: pd.Series) -> str:
-    """Mean and standard deviation in about four digits."""
+    """Mean and standard deviation in about four digits; a whole number as it is."""
     mean, deviation = values.mean(), values.std()
     if pd.isna(mean):
         return ""
-    digits = max(0, 4 - len(str(int(abs(mean)))))
+    digits = 0 if (values == int(mean)).all() else max(0, 4 - len(str(int(abs(mean)))))
     text = f"{mean:,.{digits}f}"
     return f"{text} \u00b1 {deviation:,.{digits}f}" if deviation > 1e-12 else text
 
