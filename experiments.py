@@ -174,11 +174,7 @@ class Table:
         """Run the candidates with the first seeds, then the best with all; the jobs that count."""
         trials = seeds[:SELECTION_SEEDS]
         self.run(self.jobs, trials)
-        runs = self.runs[self.runs["seed"].isin(trials)]
-        losses = runs.groupby(JOB, as_index=False)["dev_loss"].agg(["count", "mean"])
-        # Candidates without a failed trial come first.
-        best = losses.sort_values(["count", "mean"], ascending=[False, True])
-        chosen = self.jobs.merge(best.drop_duplicates(["row", "fold"])[JOB])
+        chosen = self.jobs.merge(choose(self.runs, trials))
         self.run(chosen, seeds)
         return chosen
 
@@ -220,6 +216,15 @@ class Table:
             self.texts = pd.concat([self.texts, texts.round(4)])
             self.write()
         (folder / "state.pt").unlink(missing_ok=True)
+
+
+def choose(runs: pd.DataFrame, trials: range) -> pd.DataFrame:
+    """The best job of each row and fold: the lowest mean dev loss over the seeds `trials`."""
+    runs = runs[runs["seed"].isin(trials)]
+    losses = runs.groupby(JOB, as_index=False)["dev_loss"].agg(["count", "mean"])
+    # Candidates without a failed trial come first.
+    best = losses.sort_values(["count", "mean"], ascending=[False, True])
+    return best.drop_duplicates(["row", "fold"])[JOB]
 
 
 def file_name(text: str) -> str:

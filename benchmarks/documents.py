@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from config import ROOT
 from evaluation.plots import axis_label, row_means
 from evaluation.tables import format_values, markdown
-from experiments import SELECTION_SEEDS
+from experiments import FIRST_SEED, SELECTION_SEEDS, choose
 from training.runs import write_text
 
 MARKED = re.compile(r"<!-- (\S+)( \d+)?(?: \| (.*?) \| (.*?))? -->\n.*?<!-- end -->", re.DOTALL)
@@ -85,11 +85,16 @@ def write_overview():
 
     figure = Figure((9, 3.6), layout="constrained")
     left, right = figure.subfigures(1, 2)
-    runs = pd.read_csv(ROOT / "results" / "lora_best.csv")
-    seeds = runs.groupby(["row", "chosen"])["seed"].transform("size")
-    draw_parameters(left, runs[seeds > SELECTION_SEEDS])  # not rejected candidates
+    draw_parameters(left, chosen_runs("lora_best"))
     draw_poolings(right)
     figure.savefig(OVERVIEW.with_suffix(".png"), dpi=150)
+
+
+def chosen_runs(name):
+    """The runs of a table without those of rejected candidates."""
+    path, texts = ROOT / "results" / f"{name}.csv", {"chosen": "", "options": ""}
+    runs = pd.read_csv(path, dtype=dict.fromkeys(texts, str)).fillna(texts)
+    return runs.merge(choose(runs, range(FIRST_SEED, FIRST_SEED + SELECTION_SEEDS)))
 
 
 def draw_parameters(part, runs):
@@ -108,12 +113,8 @@ def draw_poolings(part):
     """Test accuracy of each pooling of texts that are encoded alone, and of counting characters."""
     axes, metric = part.subplots(), "test_accuracy"
     for name, label in TRAINED.items():
-        path = ROOT / "results" / f"{name}.csv"
-        if not path.is_file():
-            continue
-        runs = pd.read_csv(path)
-        seeds = runs.groupby(["row", "chosen"], dropna=False)["seed"].transform("size")
-        runs = runs[runs["row"].str.match("separate: (?!.*lora)") & (seeds > SELECTION_SEEDS)]
+        runs = chosen_runs(name)
+        runs = runs[runs["row"].str.startswith("separate: ")]
         means = row_means(runs, metric).rename(lambda row: row.removeprefix("separate: "))
         points = {"data": means.reset_index(), "fmt": "o", "capsize": 3}
         axes.errorbar("mean", "row", xerr="error", **points, label=label)

@@ -175,8 +175,7 @@ class Trainer:
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         with atomic_path(self.run / "state.pt") as path:
             torch.save(state, path)
-        last = self.steps[-1]["epoch"]
-        if last == len(self.epochs) == best_epoch(self.epochs, self.task.metric):
+        if self.steps[-1]["epoch"] == len(self.epochs) == best_epoch(self.epochs, self.task.metric):
             with atomic_path(self.run / "best") as path:
                 self.task.save(path)
 

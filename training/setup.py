@@ -62,8 +62,7 @@ def make_folder(
         "device_type": hardware.device.type,
         "processes": distributed.world_size(),
     }
-    name = "-".join(words)
-    return distributed.from_main(lambda: open_run(options.task, name, values | inputs))
+    return distributed.from_main(lambda: open_run(options.task, "-".join(words), values | inputs))
 
 
 def train(
