@@ -50,11 +50,12 @@ def test_links_and_plots_exist(name):
 
 
 def test_the_overview_is_that_of_the_results(tmp_path, monkeypatch):
-    """README.md's two tables are made from the committed runs."""
+    """README.md's table is made from the committed runs, and its plot from chosen candidates."""
     monkeypatch.setattr(documents, "OVERVIEW", tmp_path / "overview")
     documents.write_overview()
-    committed = (ROOT / "results" / "overview.md").read_text(encoding="utf-8")
-    assert (tmp_path / "overview.md").read_text(encoding="utf-8") == committed
+    made, committed = tmp_path / "overview.md", ROOT / "results" / "overview.md"
+    assert made.read_text(encoding="utf-8") == committed.read_text(encoding="utf-8")
+    assert documents.chosen_runs("lora_best").groupby("row")["chosen"].nunique().eq(1).all()
 
 
 def test_a_curve_joins_the_ranks_of_its_targets():
