@@ -158,8 +158,7 @@ class Table:
 
     def read(self) -> None:
         """Read the stored runs."""
-        names = dict.fromkeys(["row", "chosen", "options", "commit"], str)
-        self.runs = pd.read_csv(self.csv, dtype=names).fillna({"chosen": "", "options": ""})
+        self.runs = read_runs(self.csv)
         self.texts = pd.read_csv(self.gz, dtype={"id": str}, keep_default_na=False)
 
     def write(self) -> None:
@@ -187,7 +186,7 @@ class Table:
 
     def execute(self, run: dict[str, str | int]) -> None:
         """Run the task script, and store its results or print its errors."""
-        folder = self.folder / file_name(" ".join(str(run[name]) for name in KEY))
+        folder = self.folder / file_name(*(run[name] for name in KEY))
         shutil.rmtree(folder, ignore_errors=True)
         script, *outputs = (word.format(folder) for word in self.experiment.script.split())
         command = [sys.executable, ROOT / script, *outputs, "--model_size=tiny"]
@@ -218,18 +217,23 @@ class Table:
         (folder / "state.pt").unlink(missing_ok=True)
 
 
+def read_runs(path: Path) -> pd.DataFrame:
+    """The runs of a NAME.csv."""
+    names = dict.fromkeys(["row", "chosen", "options", "commit"], str)
+    return pd.read_csv(path, dtype=names).fillna({"chosen": "", "options": ""})
+
+
 def choose(runs: pd.DataFrame, trials: range) -> pd.DataFrame:
     """The best job of each row and fold: the lowest mean dev loss over the seeds `trials`."""
-    runs = runs[runs["seed"].isin(trials)]
-    losses = runs.groupby(JOB, as_index=False)["dev_loss"].agg(["count", "mean"])
+    losses = runs[runs["seed"].isin(trials)].groupby(JOB, as_index=False)["dev_loss"]
     # Candidates without a failed trial come first.
-    best = losses.sort_values(["count", "mean"], ascending=[False, True])
+    best = losses.agg(["count", "mean"]).sort_values(["count", "mean"], ascending=[False, True])
     return best.drop_duplicates(["row", "fold"])[JOB]
 
 
-def file_name(text: str) -> str:
-    """The text without characters that file names cannot have."""
-    return re.sub(r"[^\w.]+", "-", text)
+def file_name(*words: str | int) -> str:
+    """The words without characters that file names cannot have."""
+    return re.sub(r"[^\w.]+", "-", " ".join(map(str, words)))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -248,8 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
     jobs = make_jobs(experiment, options.rows or [""], extra)
     if jobs.empty:
         raise InputError(f"no row of {options.name} has one of the words {options.rows}")
-    name = file_name(" ".join([options.name, *options.rows, *extra]))
-    folder = ROOT / "runs" / "experiments" / name
+    folder = ROOT / "runs" / "experiments" / file_name(options.name, *options.rows, *extra)
     lock(folder)
     table = Table(experiment, jobs, folder, options.jobs)
     if options.keep and table.csv.exists():

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from config import ROOT
 from evaluation.plots import axis_label, row_means
 from evaluation.tables import format_values, markdown
-from experiments import FIRST_SEED, SELECTION_SEEDS, choose
+from experiments import FIRST_SEED, SELECTION_SEEDS, choose, read_runs
 from training.runs import write_text
 
 MARKED = re.compile(r"<!-- (\S+)( \d+)?(?: \| (.*?) \| (.*?))? -->\n.*?<!-- end -->", re.DOTALL)
@@ -92,8 +92,7 @@ def write_overview():
 
 def chosen_runs(name):
     """The runs of a table without those of rejected candidates."""
-    path, texts = ROOT / "results" / f"{name}.csv", {"chosen": "", "options": ""}
-    runs = pd.read_csv(path, dtype=dict.fromkeys(texts, str)).fillna(texts)
+    runs = read_runs(ROOT / "results" / f"{name}.csv")
     return runs.merge(choose(runs, range(FIRST_SEED, FIRST_SEED + SELECTION_SEEDS)))
 
 
