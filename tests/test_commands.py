@@ -288,7 +288,7 @@ def test_the_options_of_the_course_and_of_the_report(task, monkeypatch):
     assert (config.epochs, config.lr, config.patience) == (10 if task == "sonnets" else 3, 1e-5, 3)
     assert parse("--preset=report", "--use_lora")[1].lr == 1e-4
     if task == "paraphrases":
-        assert parse("--freeze_gpt")[1].lr == 5e-4
+        assert parse("--freeze_gpt")[1].lr == 1e-3
     if task == "sonnets":
         assert (options.temperature, options.top_p) == (1.2, 0.9)
     else:

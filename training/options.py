@@ -17,9 +17,9 @@ from training import distributed
 from training.runs import FILE_OPTIONS, OUTPUT_OPTIONS
 
 # Default learning rates of AdamW: Li and Liang 2021 (arXiv 2101.00190) for full fine-tuning, Hu et
-# al. 2021 (table 11) for LoRA; and those of the report.
-GPT2_RATES = {"full": 5e-5, "lora": 2e-4}
-REPORT_RATES = {"full": 1e-5, "lora": 1e-4}
+# al. 2021 (table 11) for LoRA; for a frozen GPT-2 that of results/frozen.md; those of the report.
+GPT2_RATES = {"full": 5e-5, "lora": 2e-4, "frozen": 1e-3}
+REPORT_RATES = {"full": 1e-5, "lora": 1e-4, "frozen": 1e-3}
 Config, Rates = TypeVar("Config"), dict[str, float]  # a dataclass; method -> learning rate
 
 
@@ -68,17 +68,21 @@ def parse(
 ) -> Namespace:
     """Parse options, with the defaults of `report` if --preset report is among them.
 
-    Adds the default learning rate of full fine-tuning or LoRA, which is in `rates` for tiny.
+    Adds the method's default learning rate, which is in `rates` for tiny.
     """
     if parser.parse_known_args(arguments)[0].preset == "report":
         parser.set_defaults(**report)
         rates = REPORT_RATES
     options = parser.parse_args(arguments)
     check_range("dropout", options.dropout or 0, (0, 1))
+    if vars(options).get("freeze_gpt"):
+        if options.method == "lora":
+            raise InputError("--use_lora trains GPT-2, --freeze_gpt does not; remove one of them")
+        options.method = "frozen"
     if options.preset is None and not is_tiny(options.model_size):
         rates = GPT2_RATES
     if options.lr is None:
-        options.lr = rates["lora" if options.method == "lora" else "full"]
+        options.lr = rates[options.method]
     from_options(TrainConfig, options)  # or bad values would be found later
     return options
 
