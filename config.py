@@ -98,7 +98,7 @@ class TrainConfig(Settings):
     epochs: int = option(10, "passes over the training data; 0 only evaluates", (0, 2**31))
     lr: float = option(1e-5, "peak learning rate of AdamW; None: by model and method", (1e-12, 1e3))
     batch_size: int = option(8, "examples per batch, over all processes", (1, 2**31))
-    grad_accumulation: int = option(1, "batches per optimizer step", (1, 2**31))
+    grad_accumulation: int = option(1, "batches of batch_size per optimizer step", (1, 2**31))
     seed: int = option(11711, "seed of initialization, batches, dropout, sampling", (0, 2**63))
     schedule: str = option("constant", "learning rate after warm-up", choices=SCHEDULES)
     warmup: float = option(0.0, "share of all steps with a rising learning rate", (0, 1))

@@ -51,8 +51,8 @@ Rows = list[tuple[str, str, str]]  # row, candidate ("" if it is the only one), 
 class Experiment(NamedTuple):
     """A table: a task script, the options of each row, and what to compare.
 
-    In the words of the script, {} is the folder of a run. Of the candidates of a row, the lowest
-    mean dev loss chooses one.
+    {} in `script` stands for the folder of a run. Of the candidates of a row, the one with the
+    lowest mean dev loss is kept.
     """
 
     script: str
@@ -92,6 +92,7 @@ FOLD_ROWS += with_rates(LORA_BEST, f"{LORA} --lora_targets all --lora_rank 16", 
 FOLD_COMPARISONS = {FULL: "", FULL_BEST: LORA_BEST}
 
 SOME = ("last", "mean", "generalized")
+# Encoding with further options: also the first words of a row
 ENCODINGS = {"joint": SOME, "separate": tuple(POOLINGS), f"separate {LORA}": SOME}
 POOLING_ROWS, FROZEN_ROWS, POOLING_COMPARISONS = [], [], {}
 for encoding, poolings in ENCODINGS.items():
@@ -258,7 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.keep and table.csv.exists():
         table.read()
     for path in (table.csv, table.gz):
-        # Nobody loses hours by forgetting --continue, once or twice.
+        # Nobody loses hours by forgetting --continue once.
         if path.exists() and not options.keep and len(pd.read_csv(path)):
             path.replace(path.with_name(f"before-{path.name}"))
     table.write()  # without runs of other options

@@ -38,7 +38,7 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     parser = opt.task_parser(__doc__, **DEFAULTS)
     add = parser.add_argument_group("pairs").add_argument
     add("--pooling", default="last", choices=POOLINGS, help="how hidden states become one vector")
-    add("--pair_encoding", choices=("joint", "separate"), help="one prompt, or two (for tiny)")
+    add("--pair_encoding", choices=("joint", "separate"), help="one prompt, or each text alone")
     add("--freeze_gpt", action="store_true", help="train only pooling and head, GPT-2 in eval mode")
     add("--dataset", default="verses", choices=DATASETS, help="quora: see data/download_quora.py")
     for split in ("train", "dev", "test"):
@@ -52,9 +52,10 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     options = opt.parse(parser, arguments, REPORT, TINY_RATES)
     if options.pair_encoding is None:  # tiny hardly learns to compare texts within a prompt
         options.pair_encoding = "separate" if opt.is_tiny(options.model_size) else "joint"
-    if not (options.para_train or options.para_dev or options.para_test):
-        for split, name in DATASETS[options.dataset].items():
-            vars(options)[f"para_{split}"] = str(ROOT / "data" / name)
+    if options.para_train or options.para_dev or options.para_test:
+        options.dataset = None
+    for split, name in DATASETS.get(options.dataset, {}).items():
+        vars(options)[f"para_{split}"] = str(ROOT / "data" / name)
     opt.check_options(options)
     return options
 

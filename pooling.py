@@ -92,8 +92,8 @@ class MultiHeadPooling(AttentionPooling):
     """Generalized pooling of Chen, Ling and Zhu 2018 (COLING, C18-1154; arXiv 1806.09828).
 
     For head i: A^i = softmax_t(W2^i relu(W1^i h_t + b1^i) + b2^i) for every dimension. The paper's
-    penalties max(0, 1 - |X^i - X^j|^2), which keep heads different, are left out: heads start at a
-    squared distance of about 85, where penalty and gradient are 0.
+    penalties max(0, 1 - |X^i - X^j|^2), which keep heads different, are left out: the W1 of heads
+    start at a squared distance of about C / 3, where penalty and gradient are 0.
     """
 
     def __init__(self, width: int, heads: int = 5) -> None:

@@ -60,7 +60,10 @@ def main(options: Namespace) -> None:
     sonnets = {split: read_sonnets(vars(options)[name]) for split, name in FILES.items()}
     if not is_complete(sonnets["dev"]):
         raise InputError(f"{options.dev_sonnet_path} has a sonnet without lines after the prompt")
-    splits = FILES if is_complete(sonnets["test"]) else ("train", "dev")
+    splits = list(FILES)
+    if not is_complete(sonnets["test"]):
+        print(f"note: {options.held_out_sonnet_path} has a prompt only: no test metrics")
+        splits.remove("test")
     model = SonnetGPT(load_model(options.model_size))
     setup.prepare(model, options, hardware)
     datasets = {split: SonnetsDataset(sonnets[split], model.gpt) for split in splits}
@@ -79,12 +82,11 @@ def main(options: Namespace) -> None:
         model = SonnetGPT(load_model(run / "best")).to(hardware.device)
     metrics, losses = measure(model, datasets)
     metrics = {f"base_{name}": value for name, value in base.items()} | metrics
-    for split in ("dev", "test"):
-        frame = sonnets[split]
-        prompts = frame["text"].map(sonnet_prompt).tolist()
-        texts = generate(model, prompts, options, hardware, max_lines=0)
+    for split in ("dev", "test"):  # afterwards, `texts` are those of test
+        whole = sonnets[split]["text"]
+        texts = generate(model, whole.map(sonnet_prompt).tolist(), options, hardware, max_lines=0)
         if split in datasets:
-            metrics |= sonnet_metrics(split, texts, frame["text"], sonnets["train"]["text"])
+            metrics |= sonnet_metrics(split, texts, whole, sonnets["train"]["text"])
     example = first_lines(texts[0].text, options.max_lines)
     print(f"\na sonnet, whose first {GIVEN_LINES} lines are given\n{example}")
     outputs = {options.sonnet_out: format_sonnets(sonnets["test"], texts, options.max_lines)}

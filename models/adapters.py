@@ -2,7 +2,7 @@
 
 PEFT sees GPT-2's fused c_attn as one layer. If n of q, k and v are adapted with rank r, the fused
 A stacks their A matrices and the fused B is block-diagonal. Every layer of the file is padded with
-zeros to this rank n r, with alpha n alpha, so that one rank and one scaling hold for all.
+zeros to the largest rank n r, and lora_alpha is n alpha, so that all have one rank and scaling.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ KNOWN_SETTINGS = """
     task_type peft_version auto_mapping base_model_name_or_path revision inference_mode
     fan_in_fan_out megatron_core qalora_group_size runtime_config ensure_weight_tying
 """.split()
-# Values of other settings that do not change the result, as nothing that is empty or false does
+# Values of other settings that do not change the result; empty or false values do not, either
 HARMLESS = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian"]}
 Matrices = dict[str, tuple[Tensor, Tensor]]  # A (R, in) and B (out, R) by name of a linear layer
 
@@ -57,16 +57,9 @@ def save_adapter(module: nn.Module, folder: str | Path) -> None:
             b = torch.block_diag(*(empty if part is None else part.lora_b.weight for part in parts))
             name = f"base_model.model.transformer.h.{layer}.{theirs}.lora"
             tensors[f"{name}_A.weight"], tensors[f"{name}_B.weight"] = pad_rank(a, b, rank)
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": gpt.name,
-        "r": rank,
-        "lora_alpha": config.alpha * rank / config.rank,
-        "lora_dropout": config.dropout,
-        "fan_in_fan_out": True,
-        "target_modules": adapted,
-    }
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "fan_in_fan_out": True}
+    settings |= {"base_model_name_or_path": gpt.name, "target_modules": adapted, "r": rank}
+    settings |= {"lora_alpha": config.alpha * rank / config.rank, "lora_dropout": config.dropout}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     note = {"targets": config.targets, "rank": config.rank, "base_sha256": base_sha256(gpt)}
@@ -136,7 +129,7 @@ def read_adapter(gpt: GPT2Model, folder: Path) -> tuple[LoRAConfig, Matrices]:
                 key = f"h.{layer}.{theirs}"
                 if f"{key}.lora_A.weight" in tensors:
                     a, b = (tensors.pop(f"{key}.lora_{part}.weight") for part in "AB")
-                    b = b * (alpha_of(key, settings) / len(a) / common)  # 1 but with patterns
+                    b = b * (alpha_of(key, settings) / len(a) / common)  # 1 without patterns
                     for name, pair in split_fused(a, b, ours, note).items():
                         matrices[f"layers.{layer}.{name}"] = pair
         names = {name.rpartition(".")[2] for name in matrices}

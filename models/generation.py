@@ -16,7 +16,7 @@ DRAWS = 16  # per token; after a draw is rejected, about half of the probability
 
 
 class Continuation(NamedTuple):
-    """A prompt with its continuation, and whether it ended by itself instead of at a limit."""
+    """A prompt with its continuation, and whether this ended before tokens or positions ran out."""
 
     text: str
     ended: bool
@@ -65,7 +65,7 @@ def continue_batch(
                     ended[i] = first_lines(text, sampling.max_lines) != text
     texts = [p + gpt.decode(new) for p, new in zip(prompts, new_tokens, strict=True)]
     texts = [first_lines(text, sampling.max_lines) for text in texts]
-    texts = [max(pair, key=len) for pair in zip(prompts, texts, strict=True)]  # whole prompts
+    texts = [max(pair, key=len) for pair in zip(prompts, texts, strict=True)]  # prompts stay whole
     return list(map(Continuation, texts, ended))
 
 

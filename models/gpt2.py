@@ -43,7 +43,7 @@ class GPT2Model(nn.Module):
         `attention_mask` (B, cached + T) is 1 at real tokens, and padding may be on either side. The
         hidden states of texts that are padded on the right need no mask, because causality hides
         padding. With a cache, `input_ids` (B, T) follow the cached tokens. Raises InputError if
-        positions run out.
+        positions run out, but not with both mask and cache: then the caller has to count.
         """
         tokens, cached = input_ids.shape[1], 0 if cache is None else cache.length
         total, limit = cached + tokens, self.config.n_positions
@@ -93,9 +93,8 @@ class GPT2Model(nn.Module):
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, without special tokens."""
-        return self.tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        settings = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return self.tokenizer.decode(ids, **settings)
 
     @classmethod
     def from_pretrained(

@@ -45,8 +45,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dtype = full_dtype
         if (need_hidden or need_weight) and torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
-        # In float16, most gradients of logits would underflow before they are scaled.
         head = weight.to(dtype)
+        # In float16, most gradients of logits would underflow before they are scaled.
         grad_head = weight if dtype == torch.float16 else head
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight) if need_weight else None
@@ -61,7 +61,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 inputs = hidden[rows].to(dtype)
                 logits = multiply(inputs, head).to(grad_head.dtype)
                 losses[rows] = losses_and_gradient_(logits, labels[rows], share[rows])
-                if need_hidden:
+                if need_hidden:  # `logits` now holds their gradient
                     grad_hidden[rows] = logits @ grad_head
                 if need_weight:
                     grad_weight += logits.T @ inputs.to(grad_head.dtype)

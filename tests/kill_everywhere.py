@@ -77,10 +77,8 @@ def main():
                 failures += not same
                 if not same:
                     print(f"{kind}, killed at change {at}: another outcome")
-            print(
-                f"{kind}: {len(points)} kills at {changes} changes of files, {failures} failures",
-                flush=True,
-            )
+            counts = f"{len(points)} kills at {changes} changes of files, {failures} failures"
+            print(f"{kind}: {counts}", flush=True)
     sys.exit(failures > 0)
 
 

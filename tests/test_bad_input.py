@@ -36,10 +36,9 @@ FILES = {
 def files(tmp_path_factory):
     """A model, data, the files above, and a classifier as a run leaves it."""
     root = make_files(tmp_path_factory.mktemp("files"))
-    shutil.copytree(
-        run(root, "paraphrases-full", root / "run", "--epochs=1") / "best", root / "best"
-    )
-    shutil.rmtree(root / "run")
+    folder = run(root, "paraphrases-full", root / "run", "--epochs=1")
+    shutil.copytree(folder / "best", root / "best")
+    shutil.rmtree(folder)
     for name, content in FILES.items():
         (root / name).write_bytes(content)
     return root
@@ -97,6 +96,7 @@ CASES = [(task, *case) for tasks, *case in OPTIONS for task in BOTH if task in t
 @pytest.mark.parametrize(("task", "given", "message"), CASES)
 def test_bad_options_and_files(files, tmp_path, monkeypatch, capsys, task, given, message):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     before = {path: path.stat().st_mtime_ns for path in files.rglob("*")}
     more = given.replace("{}", str(files)).split(" ")
     code, error = stop(task, arguments(files, f"{task}-full", tmp_path / "run", *more), capsys)

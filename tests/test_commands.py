@@ -207,10 +207,8 @@ def test_a_classifier_is_evaluated_and_trained_further(trained, files, tmp_path,
 def test_the_score_of_a_run_is_that_of_its_summary(trained, files, capsys):
     """chrF of the saved texts, with and without the given lines."""
     folder = trained["sonnets-full"]
-    text = folder / "predictions" / "generated_sonnets.txt"
-    given = [
-        f"--{name}={files / 'sonnets.txt'}" for name in ("sonnet_path", "held_out_sonnet_path")
-    ]
+    text, path = folder / "predictions" / "generated_sonnets.txt", files / "sonnets.txt"
+    given = [f"--sonnet_path={path}", f"--held_out_sonnet_path={path}"]
     command("sonnets", [f"--score={text}", *given])
     table = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[-6:])
     for name in ("chrf", "chrf_with_prompt"):
@@ -228,9 +226,8 @@ def test_a_single_file_is_classified(trained, files, tmp_path, capsys):
 
 def test_the_merged_model_of_the_readme(trained, tmp_path):
     """The README's code writes a folder that computes what base and adapter compute."""
-    [code] = re.findall(
-        r"```python\n(from lora import merge_lora.*?)```", read(ROOT / "README.md"), re.S
-    )
+    pattern = r"```python\n(from lora import merge_lora.*?)```"
+    [code] = re.findall(pattern, read(ROOT / "README.md"), re.S)
     adapter = str(trained["sonnets-lora"] / "best")
     code = re.sub(r'load_model\(".*?"\)', f"load_model({adapter!r})", code)
     exec(code.replace('"merged"', repr(str(tmp_path / "merged"))), {})
@@ -251,18 +248,28 @@ def test_plain_equals_default(files, tmp_path, kind):
     assert (steps[0]["loss"] != steps[2]["loss"]).all()
 
 
+def test_a_test_set_of_prompts_has_no_metrics(files, tmp_path, capsys):
+    """As the course's. The sonnets are continued, and a note says that nothing is measured."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("1\na\nb\nc\n")
+    more = [f"--held_out_sonnet_path={path}", "--epochs=0"]
+    summary = summary_of(run(files, "sonnets-full", tmp_path / "run", *more))
+    assert "dev_chrf" in summary
+    assert not [name for name in summary if "test" in name]
+    assert f"note: {path} has a prompt only" in capsys.readouterr().out
+
+
 def test_a_skipped_pair_gets_a_no(files, tmp_path, capsys):
     """The report dropped such pairs. Here test has no labels, and so no metrics."""
     (tmp_path / "dev.csv").write_text(HEADER + "a\tx\ty\t1\nb\tz\tw\t1\nc\tv\tu\t0\n")
     (tmp_path / "test.csv").write_text("id\tsentence1\tsentence2\na\tx\ty\nb\t\tw\nc\tv\tu \n")
     more = [f"--para_{split}={tmp_path / split}.csv" for split in ("dev", "test")]
     folder = run(files, "paraphrases-full", tmp_path / "run", *more, "--epochs=0")
-    assert re.search(
-        r"\na, [01] \nb, 0 \nc, [01] \n$", read(tmp_path / "run-out" / "para-test-output.csv")
-    )
-    note = "note: 1 test pairs are skipped: lines [3]"
-    assert note in capsys.readouterr().out
-    assert not [name for name in summary_of(folder) if name.startswith("test")]
+    predictions, summary = tmp_path / "run-out" / "para-test-output.csv", summary_of(folder)
+    assert re.search(r"\na, [01] \nb, 0 \nc, [01] \n$", read(predictions))
+    assert "note: 1 test pairs are skipped: lines [3]" in capsys.readouterr().out
+    assert not [name for name in summary if name.startswith("test")]
+    assert summary["dataset"] is None
 
 
 COURSE = "--epochs 2 --use_gpu --seed 1 --batch_size 4 --lr 0.1 --model_size gpt2"
@@ -292,11 +299,8 @@ def test_the_options_of_the_course_and_of_the_report(task, monkeypatch):
     if task == "sonnets":
         assert (options.temperature, options.top_p) == (1.2, 0.9)
     else:
-        assert (options.dataset, options.pair_encoding, options.pooling) == (
-            "quora",
-            "joint",
-            "last",
-        )
+        chosen = options.dataset, options.pair_encoding, options.pooling
+        assert chosen == ("quora", "joint", "last")
     monkeypatch.chdir(ROOT)
     for model in ("tiny", "data/tiny-gpt2", str(ROOT / "data" / "tiny-gpt2")):
         options, config = parse("--use_lora", f"--model_size={model}")

@@ -1,7 +1,8 @@
 """Data parallelism with `torchrun --nproc_per_node=N`; a no-op with a single process.
 
 Every process holds the model and takes its share of each batch, and gradients are averaged, so N
-processes take the same steps as one. Only the main process (rank 0) evaluates, prints and writes.
+processes take the same steps as one. Only the main process (rank 0) prints and writes, and after
+the first step only it evaluates.
 """
 
 import math

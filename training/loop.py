@@ -103,7 +103,7 @@ class Trainer:
         for index, part in enumerate(micro_batches):
             # A process without data takes an example with weight zero, because others wait for it.
             batch = self.dataset.collate(part or indices[:1])
-            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            batch = {n: tensor.to(self.device, non_blocking=True) for n, tensor in batch.items()}
             weight = self.dataset.num_targets(part) / num_targets
             # DistributedDataParallel averages gradients in the last backward pass only.
             self.loss.require_backward_grad_sync = index == len(micro_batches) - 1

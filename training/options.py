@@ -55,7 +55,7 @@ def task_parser(description: str | None, **defaults: Any) -> ArgumentParser:
     add("--dtype", default="auto", choices=dtypes, help="precision of matrix multiplications")
     add("--gradient_checkpointing", action="store_true", help="less memory, up to half more time")
     add("--compile", action="store_true", help="torch.compile the model; no faster on a CPU")
-    add("--plain", action="store_true", help="without the faster parts of speed/: the same result")
+    add("--plain", action="store_true", help="without speed/; rounding and dropout differ")
     add = parser.add_argument_group("run folder").add_argument
     add("--out_dir", metavar="DIR", help="folder of the run; default in runs/")
     add("--resume", action="store_true", help="continue the last run with these options")
@@ -134,7 +134,9 @@ def choose_hardware(name: str = "auto", dtype: str = "auto") -> Hardware:
         raise InputError(f"there is no device {name} here; --device is auto, cpu or cuda:N")
     device = distributed.init(torch.device(name))
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # or pinned memory and precision would ask the first GPU
+        torch.cuda.set_device(device)  # or is_bf16_supported would ask the first GPU
+        # cuDNN plans for each new shape; batches, and each token that is decoded, have a new one.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         is_fast, slow = torch.cuda.is_bf16_supported(including_emulation=False), torch.float16
     else:
         # torch has no public function for this; emulation takes several times as long

@@ -76,7 +76,7 @@ def train(
     epochs = Trainer(model, task, from_options(TrainConfig, options), run, hardware).train()
     best = best_epoch(epochs, task.metric)
     summary = {"task": options.task, "model": options.model_size, "method": options.method}
-    summary |= {"seed": options.seed, "trainable_parameters": trainable}
+    summary |= {"seed": options.seed, "lr": options.lr, "trainable_parameters": trainable}
     summary |= {"total_parameters": total, "epochs": len(epochs), "best_epoch": best}
     if epochs:
         table = pd.DataFrame(epochs)
