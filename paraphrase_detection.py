@@ -50,7 +50,7 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     add("--pair", nargs=2, action="append", metavar="TEXT", help="texts for --predict, not files")
     add("--score", metavar="FILE", help="no model: metrics of predictions for --para_dev")
     options = opt.parse(parser, arguments, REPORT, TINY_RATES)
-    if options.pair_encoding is None:  # tiny hardly learns to compare texts within a prompt
+    if options.pair_encoding is None:  # tiny is less accurate with one prompt
         options.pair_encoding = "separate" if opt.is_tiny(options.model_size) else "joint"
     if options.para_train or options.para_dev or options.para_test:
         options.dataset = None
