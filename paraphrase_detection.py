@@ -39,7 +39,8 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     add = parser.add_argument_group("pairs").add_argument
     add("--pooling", default="last", choices=POOLINGS, help="how hidden states become one vector")
     add("--pair_encoding", choices=("joint", "separate"), help="one prompt, or each text alone")
-    add("--freeze_gpt", action="store_true", help="train only pooling and head, GPT-2 in eval mode")
+    text = "train only pooling and head, GPT-2 in eval mode"
+    add("--freeze_gpt", action="append_const", dest="methods", const="frozen", help=text)
     add("--dataset", default="verses", choices=DATASETS, help="quora: see data/download_quora.py")
     for split in ("train", "dev", "test"):
         add(f"--para_{split}", metavar="FILE", help=f"{split} pairs, instead of all of --dataset")

@@ -62,7 +62,7 @@ def main(options: Namespace) -> None:
         raise InputError(f"{options.dev_sonnet_path} has a sonnet without lines after the prompt")
     splits = list(FILES)
     if not is_complete(sonnets["test"]):
-        print(f"note: {options.held_out_sonnet_path} has a prompt only: no test metrics")
+        print(f"note: {options.held_out_sonnet_path} has bare prompts: no test metrics")
         splits.remove("test")
     model = SonnetGPT(load_model(options.model_size))
     setup.prepare(model, options, hardware)

@@ -78,7 +78,7 @@ OPTIONS = [
     ("sonnets", "--dev_sonnet_path={}/prompts.txt", "prompts.txt has a sonnet without lines after"),
     ("sonnets", "--score={}/prompts.txt", "prompts.txt lacks sonnets of .*sonnets.txt"),
     ("sonnets", "--generate={}/model --prompt=", "the prompt '' has 0 tokens; 1 to 63 fit"),
-    ("paraphrases", "--use_lora --freeze_gpt", "--use_lora trains GPT-2, --freeze_gpt does not"),
+    ("paraphrases", "--use_lora --freeze_gpt", "the methods lora and frozen exclude each other"),
     ("paraphrases", "--para_train=absent.csv", "absent.csv cannot be read as UTF-8 text"),
     ("paraphrases", "--para_test={}/file", "file has no column id, or several"),
     ("paraphrases", "--para_test={}/badlabel.csv", "badlabel.csv, line 2: label is '2'; write 0"),

@@ -256,7 +256,7 @@ def test_a_test_set_of_prompts_has_no_metrics(files, tmp_path, capsys):
     summary = summary_of(run(files, "sonnets-full", tmp_path / "run", *more))
     assert "dev_chrf" in summary
     assert not [name for name in summary if "test" in name]
-    assert f"note: {path} has a prompt only" in capsys.readouterr().out
+    assert f"note: {path} has bare prompts" in capsys.readouterr().out
 
 
 def test_a_skipped_pair_gets_a_no(files, tmp_path, capsys):

@@ -43,7 +43,7 @@ def task_parser(description: str | None, **defaults: Any) -> ArgumentParser:
     add = parser.add_argument_group("model and method").add_argument
     names = f"tiny (default), {', '.join(SIZES)}, or a folder"
     add("--model_size", default="tiny", metavar="NAME", help=names)
-    add("--use_lora", action="store_const", dest="method", const="lora", help="train only LoRA")
+    add("--use_lora", action="append_const", dest="methods", const="lora", help="train only LoRA")
     add("--dropout", type=float, metavar="P", help="instead of the rates in config.json")
     add("--preset", choices=["report"], help="settings of the student report")
     add_options(parser, TrainConfig, "training")
@@ -59,7 +59,7 @@ def task_parser(description: str | None, **defaults: Any) -> ArgumentParser:
     add = parser.add_argument_group("run folder").add_argument
     add("--out_dir", metavar="DIR", help="folder of the run; default in runs/")
     add("--resume", action="store_true", help="continue the last run with these options")
-    parser.set_defaults(method="full", lr=None, **defaults)
+    parser.set_defaults(lr=None, **defaults)
     return parser
 
 
@@ -68,17 +68,19 @@ def parse(
 ) -> Namespace:
     """Parse options, with the defaults of `report` if --preset report is among them.
 
-    Adds the method's default learning rate, which is in `rates` for tiny.
+    Adds the `method`, full fine-tuning unless an option names one, and its default learning rate,
+    which is in `rates` for tiny.
     """
     if parser.parse_known_args(arguments)[0].preset == "report":
         parser.set_defaults(**report)
         rates = REPORT_RATES
     options = parser.parse_args(arguments)
     check_range("dropout", options.dropout or 0, (0, 1))
-    if vars(options).get("freeze_gpt"):
-        if options.method == "lora":
-            raise InputError("--use_lora trains GPT-2, --freeze_gpt does not; remove one of them")
-        options.method = "frozen"
+    options.method, *others = dict.fromkeys(vars(options).pop("methods") or ["full"])
+    if others:
+        raise InputError(
+            f"the methods {options.method} and {others[0]} exclude each other: use one"
+        )
     if options.preset is None and not is_tiny(options.model_size):
         rates = GPT2_RATES
     if options.lr is None:
