@@ -154,7 +154,7 @@ class Table:
         self.path = str(ROOT / "results" / folder.name)
         self.csv, self.gz = Path(f"{self.path}.csv"), Path(f"{self.path}-texts.csv.gz")
         self.runs = jobs.assign(seed=0, dev_loss=0.0)[:0]
-        self.texts = self.runs[KEY]
+        self.texts = self.runs[KEY].assign(split="", id="")
         self.lock, self.failed = Lock(), False
 
     def read(self) -> None:
@@ -165,7 +165,8 @@ class Table:
     def write(self) -> None:
         """Write the runs of the jobs in a fixed order, each file whole or not at all."""
         self.runs = self.jobs.merge(self.runs.sort_values("seed"))
-        self.texts = self.runs[KEY].merge(self.texts)
+        # Texts first: in this order, the file is a third as large if ids are hashes (Quora's).
+        self.texts = self.runs[KEY].merge(self.texts).sort_values(["split", "id"], kind="stable")
         with atomic_path(self.gz) as path:
             self.texts.to_csv(path, index=False, compression="gzip")
         write_csv(self.csv, self.runs)
@@ -210,7 +211,7 @@ class Table:
         texts = pd.read_csv(folder / "per_text.csv", dtype={"id": str}, keep_default_na=False)
         if "label" in texts:
             texts["correct"] = (texts["predicted"] == texts["label"]).astype(int)
-        texts = texts.assign(**run).filter(KEY + TEXT_COLUMNS).sort_values(["split", "id"])
+        texts = texts.assign(**run).filter(KEY + TEXT_COLUMNS)
         with self.lock:
             self.runs = pd.concat([self.runs, pd.DataFrame([record])])
             self.texts = pd.concat([self.texts, texts.round(4)])
